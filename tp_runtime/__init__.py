@@ -1,0 +1,33 @@
+"""Tensor-parallel runtime for large language models in PyTorch.
+
+Public names load on first use: importing this package costs milliseconds and no torch, because
+threads and memory must be placed before torch loads.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from ._version import __version__
+
+if TYPE_CHECKING:
+    from .errors import TPError
+    from .mesh import init_mesh
+
+_WHERE = {
+    "TPError": ".errors",
+    "init_mesh": ".mesh",
+}
+
+__all__ = ["TPError", "__version__", "init_mesh"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_WHERE[name], __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

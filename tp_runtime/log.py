@@ -1,0 +1,42 @@
+"""One logger for the project: lines on stderr, prefixed with the rank where there are several.
+
+`once()` is for fallbacks: said once a process, on the first local rank only. Standard library only.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+from . import env
+
+_SAID: set[str] = set()
+
+
+class _Prefix(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        world = env.get_int("WORLD_SIZE") or 1
+        where = f"[rank {env.get_int('RANK')}/{world}] " if world > 1 else ""
+        level = "" if record.levelno == logging.INFO else f"{record.levelname.lower()}: "
+        return f"{where}{level}{record.getMessage()}"
+
+
+def get_logger() -> logging.Logger:
+    """The project's logger; its handler and level are set on the first call."""
+    logger = logging.getLogger("tp_runtime")
+    if not logger.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(_Prefix())
+        logger.addHandler(handler)
+        logger.setLevel((env.get("TP_LOG_LEVEL") or "info").upper())
+        logger.propagate = False
+    return logger
+
+
+def once(message: str, level: int = logging.WARNING) -> None:
+    """Say `message` once in this process, on the first rank of the host."""
+    if message in _SAID:
+        return
+    _SAID.add(message)
+    if (env.get_int("LOCAL_RANK") or 0) == 0:
+        get_logger().log(level, message)

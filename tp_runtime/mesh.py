@@ -1,0 +1,65 @@
+"""Ranks as a torch DeviceMesh with a tensor-parallel axis, read from torchrun's environment.
+
+A job of one rank needs no launcher, port or store. On one host nothing listens beyond loopback.
+"""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from . import env
+from .errors import ConfigError
+
+TP_AXIS = "tp"
+
+
+def init_mesh(*, device: str = "cpu", timeout_s: float = 600.0) -> DeviceMesh:
+    """Join this process's job and return its one-dimensional mesh with axis "tp".
+
+    device: "cpu" or "cuda" (the rank's GPU is LOCAL_RANK). timeout_s: deadline of c10d collectives.
+    The process group is created where there is none yet. Raises ConfigError for a broken environment.
+    """
+    rank, world = env.get_int("RANK") or 0, env.get_int("WORLD_SIZE") or 1
+    if not 0 <= rank < world:
+        raise ConfigError(f"RANK={rank} with WORLD_SIZE={world} is impossible; start ranks with tp-launch")
+    if device == "cuda":
+        torch.cuda.set_device(env.get_int("LOCAL_RANK") or 0)
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+        one_host = (env.get_int("LOCAL_WORLD_SIZE") or 1) == world
+        if one_host:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        store = dist.HashStore() if world == 1 else None
+        init_method = None if world == 1 else "env://"
+        dist.init_process_group(
+            backend,
+            init_method=init_method,
+            store=store,
+            rank=rank,
+            world_size=world,
+            timeout=timedelta(seconds=timeout_s),
+        )
+    return init_device_mesh(device, (world,), mesh_dim_names=(TP_AXIS,))
+
+
+def tp_rank(mesh: DeviceMesh) -> int:
+    """This process's coordinate on the "tp" axis."""
+    return mesh.get_local_rank(TP_AXIS)
+
+
+def tp_size(mesh: DeviceMesh) -> int:
+    """Number of ranks on the "tp" axis. Raises ConfigError where the mesh has none."""
+    names = mesh.mesh_dim_names or ()
+    if TP_AXIS not in names:
+        raise ConfigError(f"the mesh has axes {list(names)} and none is called {TP_AXIS!r}; name one so")
+    return mesh.size(names.index(TP_AXIS))
+
+
+def tp_group(mesh: DeviceMesh) -> dist.ProcessGroup:
+    """The process group of the "tp" axis."""
+    return mesh.get_group(TP_AXIS)
