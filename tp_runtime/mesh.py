@@ -11,6 +11,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from . import env
 from .errors import ConfigError
@@ -34,17 +35,24 @@ def init_mesh(*, device: str = "cpu", timeout_s: float = 600.0) -> DeviceMesh:
         one_host = (env.get_int("LOCAL_WORLD_SIZE") or 1) == world
         if one_host:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        store = dist.HashStore() if world == 1 else None
-        init_method = None if world == 1 else "env://"
+        store = _rank_store(world)
         dist.init_process_group(
             backend,
-            init_method=init_method,
+            init_method="env://" if store is None else None,
             store=store,
             rank=rank,
             world_size=world,
             timeout=timedelta(seconds=timeout_s),
         )
     return init_device_mesh(device, (world,), mesh_dim_names=(TP_AXIS,))
+
+
+def _rank_store(world: int) -> dist.Store | None:
+    """The store in which the ranks meet; None for the one that torchrun's variables name."""
+    if world == 1:
+        return dist.HashStore()
+    path = env.get("TP_STORE_FILE")
+    return None if path is None else dist.FileStore(path, world)
 
 
 def tp_rank(mesh: DeviceMesh) -> int:
@@ -63,3 +71,8 @@ def tp_size(mesh: DeviceMesh) -> int:
 def tp_group(mesh: DeviceMesh) -> dist.ProcessGroup:
     """The process group of the "tp" axis."""
     return mesh.get_group(TP_AXIS)
+
+
+def set_timeout(mesh: DeviceMesh, timeout_s: float) -> None:
+    """Change the deadline of c10d collectives on the mesh's group (long to load, short to decode)."""
+    _set_pg_timeout(timedelta(seconds=timeout_s), tp_group(mesh))

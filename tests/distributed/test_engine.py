@@ -1,0 +1,155 @@
+"""The engine on tiny random models of every kind in the family, against transformers and the plain model.
+
+Heads divide in some configurations and not in others; prompts come alone and in threes of different
+lengths, longer than a prefill chunk, over several cache blocks.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tp_testing.ranks import run_ranks
+
+COMMON = {
+    "vocab_size": 131,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.3,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {"tie_word_embeddings": True}),
+    "llama3": ("Llama", {"rope_parameters": LLAMA3, "num_key_value_heads": 2}),
+    "mistral": ("Mistral", {"sliding_window": 20, "num_key_value_heads": 1}),
+    "qwen2": ("Qwen2", {}),
+    "qwen3": ("Qwen3", {"num_key_value_heads": 6}),
+}
+LENGTHS = (3, 45, 17)
+NEW_TOKENS = 24
+SELECTED = {("llama", 2), ("llama3", 3), ("mistral", 2), ("qwen2", 3), ("qwen3", 1)}
+CASES = [
+    pytest.param(family, world, marks=[] if (family, world) in SELECTED else [pytest.mark.full])
+    for family in FAMILIES
+    for world in (1, 2, 3)
+]
+
+
+def make_prompts() -> list[list[int]]:
+    return [[(7 * i * i + 3 * n) % 120 + 3 for i in range(n)] for n in LENGTHS]
+
+
+def save_model(family: str, folder: Path) -> Any:
+    """A tiny random model in Hugging Face layout, and the model itself."""
+    import torch
+    import transformers
+
+    kind, changes = FAMILIES[family]
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**{**COMMON, **changes})
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(folder)
+    return model
+
+
+def greedy(model: Any, ids: list[int]) -> tuple[int, ...]:
+    import torch
+
+    found = list(ids)
+    with torch.inference_mode():
+        for _ in range(NEW_TOKENS):
+            found.append(int(model(torch.tensor([found])).logits[0, -1].argmax()))
+    return tuple(found[len(ids) :])
+
+
+def body(path: str, settings: dict[str, Any]) -> list[list[tuple[int, ...]]]:
+    """The tokens of each prompt alone, then of all three together."""
+    from tp_runtime.config import SamplingParams
+    from tp_runtime.engine.llm import LLM
+
+    params = SamplingParams(max_new_tokens=NEW_TOKENS, ignore_eos=True)
+    prompts = make_prompts()
+    with LLM(path, dtype="fp32", max_batch=3, prefill_chunk=32, **settings) as llm:
+        alone = [llm.generate([prompt], params)[0].tokens for prompt in prompts]
+        together = [done.tokens for done in llm.generate(prompts, params)]
+        llm.pool.sanity_checks()
+        assert llm.pool.num_free == llm.pool.num_blocks - 1, "blocks were not given back"
+    return [alone, together]
+
+
+@pytest.mark.parametrize(("family", "world"), CASES)
+def test_greedy_tokens_equal_transformers(family: str, world: int, tmp_path: Path) -> None:
+    model = save_model(family, tmp_path)
+    wanted = [greedy(model, ids) for ids in make_prompts()]
+    compiled = world == 2
+    for answers in run_ranks(world, body, str(tmp_path), {"compile": compiled}, timeout=300):
+        assert answers[0] == wanted, "one prompt at a time"
+        assert answers[1] == wanted, "three prompts in one batch"
+
+
+def bits_body(path: str) -> tuple[bool, float]:
+    """World 1, reference kernels, one unpadded prefill step: equal to the plain model's logits?"""
+    import torch
+
+    from tp_runtime.engine.kv_blocks import SCRATCH_BLOCK
+    from tp_runtime.engine.llm import LLM
+    from tp_runtime.engine.step import Row, Step
+
+    prompt = make_prompts()[1]
+    with LLM(path, dtype="fp32", compile=False, kernels="reference", prefill_chunk=64) as llm:
+        blocks = tuple(llm.pool.allocate(2))
+        assert SCRATCH_BLOCK not in blocks
+        found = llm.runner.execute(Step((Row(tuple(prompt), 0, blocks, len(prompt)),)))
+        with torch.inference_mode():
+            wanted = llm.runner.model(torch.tensor(prompt), torch.arange(len(prompt)))
+        return torch.equal(found, wanted), float((found - wanted).abs().max())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_reference_path_is_the_plain_model_bit_for_bit(family: str, tmp_path: Path) -> None:
+    save_model(family, tmp_path)
+    ((equal, worst),) = run_ranks(1, bits_body, str(tmp_path))
+    assert equal, f"largest difference {worst:.2e}"
+
+
+def graphs_body(path: str) -> list[int]:
+    """Compiled graphs after warm-up, after one prompt, and after prompts of other lengths and batches."""
+    from torch._dynamo.utils import counters
+
+    from tp_runtime.config import SamplingParams
+    from tp_runtime.engine.llm import LLM
+
+    counts = []
+    with LLM(path, dtype="fp32", max_batch=3, prefill_chunk=32) as llm:
+        counts.append(counters["stats"]["unique_graphs"])
+        for prompts in (make_prompts()[:1], make_prompts()[1:2], make_prompts()):
+            llm.generate(prompts, SamplingParams(max_new_tokens=40, ignore_eos=True))
+            counts.append(counters["stats"]["unique_graphs"])
+    assert not counters["graph_break"], dict(counters["graph_break"])
+    return counts
+
+
+def test_nothing_is_compiled_after_warm_up(tmp_path: Path) -> None:
+    """Two graphs, one token and several, whatever comes after; fullgraph, so no graph break."""
+    save_model("llama", tmp_path)
+    for counts in run_ranks(2, graphs_body, str(tmp_path), timeout=300):
+        assert counts == [2, 2, 2, 2]

@@ -1,0 +1,150 @@
+"""What a run is configured by: frozen dataclasses, validated once, before processes start. No torch.
+
+EngineConfig     which model, in which format, on which device, with how much cache
+SamplingParams   how one sequence is sampled; belongs to the row, never to the batch
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from .errors import ConfigError, RequestError
+from .layout import weight_format
+
+DTYPES = ("fp32", "bf16", "fp16")
+DEVICES = ("auto", "cpu", "cuda")
+KERNELS = ("auto", "reference")
+CACHE_DTYPES = ("auto", "bf16")
+
+
+def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ConfigError(
+            f"--{name.replace('_', '-')} {value!r} is not known; use one of: {', '.join(known)}"
+        )
+
+
+def _at_least(name: str, value: float | None, least: float) -> None:
+    if value is not None and (not math.isfinite(value) or value < least):
+        raise ConfigError(f"--{name.replace('_', '-')} {value} is too small; the least is {least:g}")
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """One engine. Field names are the command line's flags with - written as _.
+
+    model: a name from configs/models, a directory in Hugging Face layout, a GGUF file or a hub id;
+    None: the demo model where it is installed. weights: where the weights lie if not beside the model.
+    layers: keep only the first N layers (benchmarks). quant: format of the matrix weights. head_quant:
+    of head and embedding (None: int8 where quant is int4, else quant). int4_asym: give groups an
+    offset. context: most tokens a row may hold (None: the model's limit, at most 8192). max_batch: rows
+    that run at once. cache_bytes: bytes of this rank's KV cache (None: max_batch rows of `context`,
+    less where memory is short). prefill_chunk: most tokens of one step. threads: lowers a rank's share
+    of threads, never raises it. collective_timeout_s: how long a rank may keep the others waiting once
+    tokens flow; load_timeout_s: while weights are read and code is compiled.
+    """
+
+    model: str | None = None
+    weights: str | None = None
+    random_weights: bool = False
+    layers: int | None = None
+    dtype: str | None = None
+    quant: str = "none"
+    int4_asym: bool = False
+    head_quant: str | None = None
+    cache_dtype: str = "auto"
+    device: str = "auto"
+    kernels: str = "auto"
+    compile: bool = True
+    context: int | None = None
+    max_batch: int = 8
+    cache_bytes: int | None = None
+    prefill_chunk: int = 512
+    threads: int | None = None
+    collective_timeout_s: float = 60.0
+    load_timeout_s: float = 600.0
+
+    def __post_init__(self) -> None:
+        if self.dtype is not None:
+            _one_of("dtype", self.dtype, DTYPES)
+        _one_of("device", self.device, DEVICES)
+        _one_of("kernels", self.kernels, KERNELS)
+        _one_of("cache_dtype", self.cache_dtype, CACHE_DTYPES)
+        weight_format(self.quant)
+        if self.head_quant is not None:
+            weight_format(self.head_quant)
+        for name in ("layers", "context", "max_batch", "cache_bytes", "prefill_chunk", "threads"):
+            _at_least(name, getattr(self, name), 1)
+        _at_least("collective_timeout", self.collective_timeout_s, 1)
+        _at_least("load_timeout", self.load_timeout_s, 1)
+
+    def with_changes(self, **changes: Any) -> EngineConfig:
+        """A validated copy with some fields changed."""
+        return replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for --print-config and reports."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How one sequence is sampled.
+
+    temperature 0 is greedy. top_k 0, top_p 1 and min_p 0 are off. repetition_penalty divides the logits
+    of every token seen in prompt or output (1: off); presence_penalty and frequency_penalty are
+    subtracted from those of output tokens (0: off). seed: a draw depends on (seed, position, purpose)
+    alone. stop: the text ends before the first of these. logprobs: report the log-probabilities of
+    each chosen token and of that many likeliest ones (None: none).
+    """
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        for name, low, high, meaning in _SAMPLING_LIMITS:
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:  # also refuses NaN
+                raise RequestError(f"{name}={value} is out of range; it {meaning}")
+        if self.repetition_penalty == 0:
+            raise RequestError("repetition_penalty=0 is out of range; it is above 0 and 1 switches it off")
+        if any(not text for text in self.stop):
+            raise RequestError("a stop string is empty; give at least one character")
+
+    @property
+    def plain_greedy(self) -> bool:
+        """True where the next token is the argmax of the raw logits."""
+        neutral = self.repetition_penalty == 1 and self.presence_penalty == self.frequency_penalty == 0
+        return self.temperature == 0 and neutral
+
+    @classmethod
+    def field_names(cls) -> tuple[str, ...]:
+        """The names of all parameters."""
+        return tuple(f.name for f in fields(cls))
+
+
+_SAMPLING_LIMITS = (
+    ("max_new_tokens", 1, 1 << 30, "is at least 1"),
+    ("temperature", 0.0, 100.0, "lies in 0..100 and 0 is greedy"),
+    ("top_k", 0, 1 << 30, "is 0 (off) or more"),
+    ("top_p", 1e-9, 1.0, "lies above 0 and at most at 1 (off)"),
+    ("min_p", 0.0, 1.0, "lies in 0 (off) .. 1"),
+    ("repetition_penalty", 0.0, 100.0, "lies above 0 and 1 switches it off"),
+    ("presence_penalty", -100.0, 100.0, "lies in -100..100"),
+    ("frequency_penalty", -100.0, 100.0, "lies in -100..100"),
+    ("seed", 0, (1 << 63) - 1, "lies in 0..2^63-1"),
+    ("logprobs", 0, 1000, "lies in 0..1000"),
+)

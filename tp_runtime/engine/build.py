@@ -1,0 +1,193 @@
+"""From a model's source to a runner: this rank's part of the weights, read and put into a plain model.
+
+The model is built on the meta device, so nothing is held twice: each weight is read (only this rank's
+part of it), quantised, and installed at once. Quantised linears take the place of plain ones; row-cut
+linears and the embedding get their all-reduce from the sharding layers. The model's code is untouched.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import psutil
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from .. import mesh as meshes
+from ..checkpoint import RandomCheckpoint, open_checkpoint
+from ..checkpoint.base import Checkpoint
+from ..checkpoint.load import WeightRequest, load_weights
+from ..config import EngineConfig
+from ..errors import ConfigError, MemoryLimitError
+from ..log import get_logger
+from ..models.config import ModelConfig
+from ..models.llama import Llama
+from ..quant.embedding import QuantEmbedding
+from ..quant.linear import QuantLinear
+from ..quant.tensor import QuantizedTensor
+from ..sharding.layers import wrap_modules
+from ..sharding.plan import Plan
+from .device import pick_device, pick_dtype
+from .figures import weight_bytes_per_token
+from .kv_cache import CacheShape, KVCache
+from .memory import (
+    DTYPE_BYTES,
+    OVERHEAD_BYTES,
+    context_limit,
+    formats,
+    layer_of,
+    local_kv_heads,
+    memory_plan,
+    sharding_plan,
+)
+from .runner import ModelRunner
+from .source import ModelSource
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Built:
+    """A runner and what it was built from. eos_ids: the model configuration's; the tokenizer may add more."""
+
+    runner: ModelRunner
+    model_config: ModelConfig
+    plan: Plan
+    context: int
+    dtype: str
+    device: str
+    eos_ids: frozenset[int]
+    weight_bytes_per_token: int
+
+
+def usable_device(config: EngineConfig) -> str:
+    """ "cpu" or "cuda", as asked for and as torch can. Raises ConfigError where torch finds no GPU."""
+    device = pick_device(config)
+    if device == "cuda" and not torch.cuda.is_available():
+        if config.device == "cuda":
+            raise ConfigError("--device cuda was asked for and torch finds no usable GPU; use --device cpu")
+        device = "cpu"
+    return device
+
+
+def build_runner(source: ModelSource, config: EngineConfig, mesh: DeviceMesh, device: str) -> Built:
+    """Load this rank's part of the model. Every rank of the job calls it.
+
+    Raises ShardingError, MemoryLimitError, CheckpointError or ConfigError.
+    """
+    dtype = pick_dtype(config, device)
+    if config.dtype is None:
+        get_logger().debug(f"dtype is {dtype}: --dtype was not given and {device} has it")
+    if config.threads is not None:
+        torch.set_num_threads(min(config.threads, torch.get_num_threads()))
+    world = meshes.tp_size(mesh)
+    plan = sharding_plan(source.config, world)
+    context = context_limit(config, source.config)
+    if device == "cpu":
+        memory_plan(source.config, plan, config, dtype=dtype).check(source.name)
+    model = _load(source, config, plan, mesh, DTYPES[dtype], device)
+    reference = config.kernels == "reference"
+    rank = meshes.tp_rank(mesh)
+    cache = _cache(plan, rank, source.config, config, context, dtype, device)
+    group = meshes.tp_group(mesh)
+    head = plan["model.embed_tokens.weight" if source.config.tie_word_embeddings else "lm_head.weight"]
+    runner = ModelRunner(
+        model,
+        cache,
+        group,
+        head.parts,
+        max_rows=config.max_batch,
+        max_tokens=max(config.prefill_chunk, config.max_batch),
+        max_blocks=cache.shape.blocks_for(context),
+        compile=config.compile,
+        reference=reference,
+        device=device,
+    )
+    token_bytes = weight_bytes_per_token(
+        plan, source.config.tie_word_embeddings, formats(config), DTYPE_BYTES[dtype]
+    )
+    eos_ids = frozenset(source.config.eos_token_ids)
+    return Built(runner, source.config, plan, context, dtype, device, eos_ids, token_bytes)
+
+
+def _load(
+    source: ModelSource, config: EngineConfig, plan: Plan, mesh: DeviceMesh, dtype: torch.dtype, device: str
+) -> Llama:
+    with torch.device("meta"):
+        model = Llama(source.config).to(dtype)
+    format_of = formats(config)
+    requests = [WeightRequest(weight.name, weight, format_of(weight.name), dtype) for weight in plan.weights]
+    checkpoint = _open(source, plan)
+    backend = "reference" if config.kernels == "reference" else "auto"
+
+    def install(name: str, value: Tensor | QuantizedTensor) -> None:
+        _install(model, name, value, backend)
+
+    load_weights(
+        checkpoint,
+        requests,
+        meshes.tp_group(mesh),
+        meshes.tp_rank(mesh),
+        device=device,
+        progress=meshes.tp_rank(mesh) == 0,
+        install=install,
+        may_remain=lambda name: layer_of(name) >= source.config.num_layers,
+    )
+    wrap_modules(model, plan, meshes.tp_rank(mesh), meshes.tp_group(mesh))
+    left = [name for name, tensor in model.named_parameters() if tensor.is_meta]
+    assert not left, f"parameters were planned but never loaded: {left[:3]}"
+    return model.eval().requires_grad_(False)
+
+
+def _open(source: ModelSource, plan: Plan) -> Checkpoint:
+    if source.kind == "random":
+        return RandomCheckpoint({weight.name: weight.shape for weight in plan.weights})
+    assert source.weights_path is not None, "a source that is not random has weights"
+    return open_checkpoint(source.weights_path)
+
+
+def _install(model: Llama, name: str, value: Tensor | QuantizedTensor, backend: str) -> None:
+    """Put one weight in its place; a quantised one brings its own module."""
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    if isinstance(value, Tensor):
+        if isinstance(module, QuantLinear):
+            module.bias = value
+        else:
+            setattr(module, leaf, nn.Parameter(value, requires_grad=False))
+        return
+    parent, _, child = path.rpartition(".")
+    if isinstance(module, nn.Embedding):
+        setattr(model.get_submodule(parent), child, QuantEmbedding(value, model.model.norm.weight.dtype))
+        if model.config.tie_word_embeddings:
+            model.lm_head = QuantLinear(value, backend=backend)
+    else:
+        setattr(model.get_submodule(parent), child, QuantLinear(value, backend=backend))
+
+
+def _cache(
+    plan: Plan, rank: int, model: ModelConfig, config: EngineConfig, context: int, dtype: str, device: str
+) -> KVCache:
+    """The block pool: --cache-bytes, else max_batch rows of the context, less where memory is short."""
+    cache_dtype = DTYPES["bf16" if config.cache_dtype == "bf16" else dtype]
+    shape = CacheShape(model.num_layers, local_kv_heads(plan, rank, model), model.head_dim, cache_dtype)
+    one_row = shape.blocks_for(context)
+    budget = config.cache_bytes
+    if budget is None:
+        budget = min(
+            _free_bytes(device, plan.world_size) // 2, config.max_batch * one_row * shape.block_bytes
+        )
+    num_blocks = budget // shape.block_bytes
+    if num_blocks < one_row:
+        raise MemoryLimitError(
+            f"the KV cache of one row of {context} tokens takes {one_row * shape.block_bytes} bytes a rank; "
+            f"{budget} are allowed; use a smaller --context, a larger --cache-bytes, or more ranks"
+        )
+    return KVCache(shape, num_blocks + 1, device)
+
+
+def _free_bytes(device: str, world: int) -> int:
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0] - OVERHEAD_BYTES
+    return psutil.virtual_memory().available // world

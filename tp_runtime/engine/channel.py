@@ -1,0 +1,114 @@
+"""How rank 0 tells the others what to do: small messages, broadcast over the job's CPU group.
+
+A message is an operation and some int32 words. Up to INLINE words travel with the header in one
+broadcast; longer ones follow in a second. The waiting side has no clock of its own: while rank 0 has
+nothing to say it sends IDLE messages, so that a deadline means a dead or hung peer and nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from ..collectives import broadcast_
+
+INLINE = 1022
+
+
+class Operation(enum.IntEnum):
+    """What a message asks for."""
+
+    IDLE = 0
+    STEP = 1
+    RESULT = 2
+    CLOSE = 3
+
+
+class Channel:
+    """Messages from group rank 0 to the other ranks of one process group (CPU tensors)."""
+
+    def __init__(self, group: dist.ProcessGroup, *, idle_s: float) -> None:
+        self.group = group
+        self.is_source = group.rank() == 0
+        self._buffer = torch.zeros(INLINE + 2, dtype=torch.int32)
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        if self.is_source and group.size() > 1:
+            self._idle_s = idle_s
+            self._sent = threading.Event()
+            threading.Thread(target=self._keep_alive, name="tp-idle", daemon=True).start()
+
+    def send(self, operation: Operation, words: np.ndarray | None = None) -> None:
+        """Rank 0: one message to all others."""
+        with self.announced(operation, words):
+            pass
+
+    @contextlib.contextmanager
+    def announced(self, operation: Operation, words: np.ndarray | None = None) -> Iterator[None]:
+        """Rank 0: send a message, and keep IDLE ones back while the block runs the work it announced
+        (whose own collectives share the group)."""
+        if self.group.size() == 1:
+            yield
+            return
+        self._sent.set()
+        with self._lock:
+            self._send(operation, np.empty(0, np.int32) if words is None else words)
+            yield
+
+    def _send(self, operation: Operation, words: np.ndarray) -> None:
+        assert words.dtype == np.int32, words.dtype
+        self._buffer[0], self._buffer[1] = int(operation), len(words)
+        body = torch.from_numpy(words)
+        if len(words) <= INLINE:
+            self._buffer[2 : 2 + len(words)] = body
+        broadcast_(self._buffer, self.group)
+        if len(words) > INLINE:
+            broadcast_(body, self.group)
+
+    def receive(self) -> tuple[Operation, np.ndarray]:
+        """Other ranks: the next message that is not IDLE."""
+        while True:
+            broadcast_(self._buffer, self.group)
+            operation, size = Operation(int(self._buffer[0])), int(self._buffer[1])
+            if size <= INLINE:
+                words = self._buffer[2 : 2 + size].clone()
+            else:
+                words = broadcast_(torch.empty(size, dtype=torch.int32), self.group)
+            if operation is not Operation.IDLE:
+                return operation, words.numpy()
+
+    def _keep_alive(self) -> None:
+        while not self._stop.is_set():
+            if not self._sent.wait(self._idle_s) and not self._stop.is_set():
+                with self._lock:
+                    self._send(Operation.IDLE, np.empty(0, np.int32))
+            self._sent.clear()
+
+    def close(self) -> None:
+        """End the conversation, on every rank: rank 0 says so, the others wait to hear it. Idempotent."""
+        if self._stop.is_set() or self.group.size() == 1:
+            return
+        self._stop.set()
+        if self.is_source:
+            self.send(Operation.CLOSE)
+        else:
+            while self.receive()[0] is not Operation.CLOSE:
+                pass
+
+
+def to_words(text: str) -> np.ndarray:
+    """UTF-8 text as int32 words, its byte length first."""
+    data = text.encode()
+    padded = data + b"\0" * (-len(data) % 4)
+    return np.concatenate([np.asarray([len(data)], np.int32), np.frombuffer(padded, np.int32)])
+
+
+def from_words(words: np.ndarray) -> str:
+    """The inverse of to_words."""
+    return words[1:].tobytes()[: int(words[0])].decode()

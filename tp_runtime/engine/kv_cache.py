@@ -1,0 +1,50 @@
+"""The KV cache's tensors: per layer, keys and values of this rank's heads, in blocks.
+
+Layout [num_blocks, num_kv_heads, block_size, head_dim]: one head's tokens of a block lie together, so
+that attention over a row reads whole cache lines in order. Memory is not cleared: nobody reads a slot
+that was not written.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+BLOCK_SIZE = 32
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """What one rank's cache holds, for the sums before anything is allocated."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    block_size: int = BLOCK_SIZE
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block: keys and values, on every layer."""
+        values = self.num_kv_heads * self.block_size * self.head_dim
+        return 2 * self.num_layers * values * self.dtype.itemsize
+
+    def blocks_for(self, num_tokens: int) -> int:
+        """Blocks that many tokens of one row take."""
+        return -(-num_tokens // self.block_size)
+
+
+class KVCache:
+    """keys[layer] and values[layer]: [num_blocks, num_kv_heads, block_size, head_dim]."""
+
+    def __init__(self, shape: CacheShape, num_blocks: int, device: str) -> None:
+        self.shape = shape
+        self.num_blocks = num_blocks
+        size = (num_blocks, shape.num_kv_heads, shape.block_size, shape.head_dim)
+
+        def make() -> list[Tensor]:
+            return [torch.empty(size, dtype=shape.dtype, device=device) for _ in range(shape.num_layers)]
+
+        self.keys, self.values = make(), make()

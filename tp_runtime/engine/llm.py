@@ -1,0 +1,230 @@
+"""LLM: load a model over the ranks of this job and answer prompts. The engine's Python face.
+
+Every rank makes the same calls. Rank 0 drives: it decides which tokens run, samples, stops, and sends
+each step's small descriptor; the other ranks follow until it sends the result. No other rank decides a
+stop, a length or a seed, so ranks cannot drift apart.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from types import TracebackType
+from typing import Any
+
+from torch import Tensor
+
+from .. import mesh as meshes
+from ..config import EngineConfig, SamplingParams
+from ..errors import CollectiveError, RequestError
+from ..text import Tokenizer
+from . import sampling
+from .batch import Batch
+from .build import build_runner, usable_device
+from .ceiling import job_read_ceiling_gb_s
+from .channel import Channel, Operation, from_words, to_words
+from .figures import Timing
+from .kv_blocks import SCRATCH_BLOCK, BlockPool
+from .sequence import Completion
+from .sequence import Sequence as Answer
+from .source import resolve
+from .step import Row, Step
+from .tokenizing import NoText, has_tokenizer, open_tokenizer
+
+Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
+OnText = Callable[[int, str], None]
+
+
+class LLM:
+    """A model ready to answer, over all ranks of this job.
+
+    model: a name from configs/models, a directory in Hugging Face layout, a GGUF file or a hub id; None:
+    the demo model where installed. settings: the other fields of EngineConfig. measure_ceiling: find out,
+    before loading, what the ranks' memory can deliver (read_ceiling_gb_s; kept per host). Raises
+    ConfigError, ModelNotFoundError, CheckpointError, TokenizerError, ShardingError or MemoryLimitError.
+    """
+
+    def __init__(self, model: str | None = None, *, measure_ceiling: bool = False, **settings: Any) -> None:
+        self.config = EngineConfig(model=model, **settings)
+        self.source = resolve(
+            self.config.model,
+            weights=self.config.weights,
+            random_weights=self.config.random_weights,
+            layers=self.config.layers,
+        )
+        device = usable_device(self.config)
+        self.mesh = meshes.init_mesh(device=device, timeout_s=self.config.load_timeout_s)
+        self.rank, self.world_size = meshes.tp_rank(self.mesh), meshes.tp_size(self.mesh)
+        on_cpu = device == "cpu"
+        self.read_ceiling_gb_s = job_read_ceiling_gb_s(self.mesh) if measure_ceiling and on_cpu else None
+        self.built = build_runner(self.source, self.config, self.mesh, device)
+        self.runner = self.built.runner
+        self.pool = BlockPool(self.runner.cache.num_blocks, self.runner.cache.shape.block_size)
+        self.timing: Timing | None = None
+        self._tokenizer: Tokenizer | None = None
+        self._warm_up()
+        meshes.set_timeout(self.mesh, self.config.collective_timeout_s)
+        self._channel = Channel(self.runner.group, idle_s=self.config.collective_timeout_s / 3)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer. Raises TokenizerError where there is none."""
+        if self._tokenizer is None:
+            self._tokenizer = open_tokenizer(self.source)
+        return self._tokenizer
+
+    @property
+    def context(self) -> int:
+        """Most tokens, prompt and answer together, that a sequence may hold."""
+        return self.built.context
+
+    def encode(self, prompt: Prompt) -> tuple[int, ...]:
+        """Token ids of a text, of chat messages ({"role", "content"}), or ids as they are.
+
+        Raises RequestError for an empty prompt, one that leaves no room in the context, or unknown ids.
+        """
+        if isinstance(prompt, str):
+            ids = self.tokenizer.encode(prompt) if prompt else []
+        elif prompt and isinstance(prompt[0], Mapping):
+            ids = self.tokenizer.encode_chat(list(prompt))  # type: ignore[arg-type]
+        else:
+            ids = list(prompt)  # type: ignore[arg-type]
+        if not ids:
+            raise RequestError("the prompt is empty; give at least one token of text")
+        vocab_size = self.built.model_config.vocab_size
+        if not all(0 <= token < vocab_size for token in ids):
+            raise RequestError(
+                f"the prompt has token ids outside 0..{vocab_size - 1}, the model's vocabulary"
+            )
+        if len(ids) >= self.context:
+            limit = self.built.model_config.max_position_embeddings
+            raise RequestError(
+                f"the prompt has {len(ids)} tokens and the context holds {self.context}, answer included; "
+                f"shorten it or raise --context (this model's limit is {limit})"
+            )
+        return tuple(ids)
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        on_text: OnText | None = None,
+    ) -> list[Completion]:
+        """Answer every prompt; the completions in the prompts' order, the same on every rank.
+
+        params: one for all, or one a prompt. on_text(index, piece): called on rank 0 as text becomes
+        certain. Raises RequestError before anything runs, CollectiveError where a rank is lost.
+        """
+        if isinstance(prompts, str):
+            raise RequestError("prompts is a single string; give a list of prompts")
+        each = (
+            [params or SamplingParams()] * len(prompts) if not isinstance(params, Sequence) else list(params)
+        )
+        if len(each) != len(prompts):
+            raise RequestError(
+                f"{len(prompts)} prompts came with {len(each)} sampling parameters; give one each"
+            )
+        answers = [self._answer(prompt, its) for prompt, its in zip(prompts, each, strict=True)]
+        if self.rank != 0:
+            return self._follow()
+        self._drive(answers, on_text)
+        completions = [answer.completion() for answer in answers]
+        shared = json.dumps([asdict(completion) for completion in completions])
+        self._channel.send(Operation.RESULT, to_words(shared))
+        return completions
+
+    def close(self) -> None:
+        """Let the other ranks go. Idempotent."""
+        self._channel.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+
+    def _answer(self, prompt: Prompt, params: SamplingParams) -> Answer:
+        ids = self.encode(prompt)
+        room = min(params.max_new_tokens, self.context - len(ids))
+        params = SamplingParams(**{**asdict(params), "max_new_tokens": room})
+        if not has_tokenizer(self.source):
+            return Answer(ids, params, self.built.eos_ids, NoText())
+        return Answer(ids, params, self.built.eos_ids | self.tokenizer.eos_ids, self.tokenizer.stream())
+
+    def _drive(self, answers: list[Answer], on_text: OnText | None) -> None:
+        """Rank 0: run steps until every answer is finished."""
+        index = {id(answer): i for i, answer in enumerate(answers)}
+        batch = Batch(self.pool, max_rows=self.runner.max_rows, max_tokens=self.runner.max_tokens)
+        for answer in answers:
+            batch.add(answer)
+        start = first = time.perf_counter()
+        while batch.busy:
+            batch.admit()
+            rows = batch.next_rows()
+            for answer, logits_V in self._run(rows):
+                first_one = not answer.output
+                piece = self._accept(answer, logits_V)
+                if first_one:
+                    first = time.perf_counter()
+                if piece and on_text is not None:
+                    on_text(index[id(answer)], piece)
+            batch.retire()
+        decoded = sum(len(answer.output) for answer in answers) - len(answers)
+        self.timing = Timing(first - start, time.perf_counter() - first, decoded)
+
+    def _run(self, rows: Sequence[tuple[Answer, tuple[int, ...]]]) -> list[tuple[Answer, Tensor]]:
+        """One step on all ranks; each sequence that reached its last known token, with its logits [V]."""
+        described = []
+        for answer, tokens in rows:
+            last = answer.num_cached + len(tokens) == answer.num_tokens
+            described.append(Row(tokens, answer.num_cached, tuple(answer.blocks), int(last)))
+        step = Step(tuple(described))
+        with self._channel.announced(Operation.STEP, step.pack()):
+            logits_LV = self.runner.execute(step)
+        for answer, tokens in rows:
+            answer.num_cached += len(tokens)
+        ready = [answer for (answer, _), row in zip(rows, described, strict=True) if row.num_logits]
+        return list(zip(ready, logits_LV, strict=True))
+
+    def _accept(self, answer: Answer, logits_V: Tensor) -> str:
+        """Draw the next token of a sequence; the text that became certain."""
+        token = sampling.sample(logits_V, answer.params, answer.prompt, answer.output, answer.num_tokens)
+        if answer.params.logprobs is not None:
+            answer.logprobs.append(sampling.logprobs(logits_V, token, answer.params.logprobs))
+        return answer.accept(token)
+
+    def _follow(self) -> list[Completion]:
+        """Other ranks: run the steps rank 0 sends until it sends the result."""
+        while True:
+            operation, words = self._channel.receive()
+            if operation is Operation.STEP:
+                self.runner.execute(Step.unpack(words))
+            elif operation is Operation.RESULT:
+                return [_completion(fields) for fields in json.loads(from_words(words))]
+            else:
+                raise CollectiveError("rank 0 left while this rank waited for a result; see its own message")
+
+    def _warm_up(self) -> None:
+        """Compile what decoding and prefill run, on all ranks at once. Writes the scratch block only."""
+        if not self.runner.compiled:
+            return
+        for count in (1, 2):
+            self.runner.execute(Step((Row((0,) * count, 0, (SCRATCH_BLOCK,), 1),)))
+
+
+def _completion(fields: dict[str, Any]) -> Completion:
+    """A completion from the JSON that rank 0 sent."""
+    fields["tokens"] = tuple(fields["tokens"])
+    if fields["logprobs"] is not None:
+        entries = fields["logprobs"]
+        fields["logprobs"] = tuple(
+            sampling.TokenLogprobs(e["token"], e["logprob"], tuple((t, p) for t, p in e["top"]))
+            for e in entries
+        )
+    return Completion(**fields)

@@ -1,0 +1,125 @@
+"""What can be refused before any rank exists, and the plan of a run, from shapes and headers. No torch."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .. import env
+from ..checkpoint.inventory import check_tensors, stored_tensors
+from ..config import EngineConfig, SamplingParams
+from ..errors import ConfigError, RequestError
+from .device import pick_device, pick_dtype
+from .figures import weight_bytes_per_token
+from .memory import (
+    DTYPE_BYTES,
+    MemoryPlan,
+    context_limit,
+    formats,
+    gib,
+    layer_of,
+    memory_plan,
+    sharding_plan,
+)
+from .source import ModelSource, resolve
+from .tokenizing import open_tokenizer
+
+
+def preflight(engine: EngineConfig, sampling: SamplingParams, nproc: int, requests: Sequence[Any]) -> None:
+    """Raise the TPError that a run of `requests` over `nproc` ranks would end in, where it can be known.
+
+    requests: texts, or lists of chat messages.
+    """
+    _refuse_cache_folder()
+    source = _source(engine)
+    device = pick_device(engine)
+    plan = sharding_plan(source.config, nproc)
+    if source.weights_path is not None:
+        wanted = {weight.name: weight.shape for weight in plan.weights}
+        beyond = source.config.num_layers
+        held = stored_tensors(source.weights_path)
+        check_tensors(str(source.weights_path), held, wanted, lambda name: layer_of(name) >= beyond)
+    context = context_limit(engine, source.config)
+    if device == "cpu":
+        memory_plan(source.config, plan, engine, dtype=pick_dtype(engine, device)).check(source.name)
+    _refuse_long_prompts(source, requests, context)
+
+
+def _refuse_cache_folder() -> None:
+    folder = env.get_path("TP_CACHE_DIR")
+    assert folder is not None, "TP_CACHE_DIR has a default"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"the cache folder {folder} cannot be written ({error.strerror}); set TP_CACHE_DIR to another"
+        ) from None
+
+
+def _source(engine: EngineConfig) -> ModelSource:
+    return resolve(
+        engine.model, weights=engine.weights, random_weights=engine.random_weights, layers=engine.layers
+    )
+
+
+def _refuse_long_prompts(source: ModelSource, requests: Sequence[Any], context: int) -> None:
+    """A text of fewer bytes than the context has tokens cannot be too long: only others are encoded."""
+    tokenizer = open_tokenizer(source)
+    for request in requests:
+        is_chat = not isinstance(request, str)
+        if not is_chat and len(request.encode("utf-8", "surrogatepass")) < context // 2:
+            continue
+        messages: Sequence[Mapping[str, Any]] = request if is_chat else ()
+        ids = tokenizer.encode_chat(list(messages)) if is_chat else tokenizer.encode(request)
+        if len(ids) >= context:
+            raise RequestError(
+                f"the prompt has {len(ids)} tokens and the context holds {context}, answer included; shorten "
+                f"it or raise --context (this model's limit is {source.config.max_position_embeddings})"
+            )
+
+
+def show_plan(engine: EngineConfig, nproc: int, *, as_json: bool) -> None:
+    """Print how the weights divide over `nproc` ranks, every rank's bytes, and whether they fit."""
+    source = _plan_source(engine)
+    device = pick_device(engine)
+    dtype = pick_dtype(engine, device)
+    plan = sharding_plan(source.config, nproc)
+    memory = memory_plan(source.config, plan, engine, dtype=dtype)
+    format_of = formats(engine)
+    token_bytes = weight_bytes_per_token(
+        plan, source.config.tie_word_embeddings, format_of, DTYPE_BYTES[dtype]
+    )
+    if as_json:
+        document = {"model": source.name, "weight_bytes_per_token": token_bytes, **memory.to_dict()}
+        sys.stdout.write(json.dumps({**document, "plan": json.loads(plan.to_json())}) + "\n")
+        return
+    sys.stdout.write(plan.to_text(dtype_bytes=DTYPE_BYTES[dtype], format_of=format_of) + "\n")
+    sys.stdout.write(_memory_text(source.name, memory, token_bytes) + "\n")
+
+
+def _plan_source(engine: EngineConfig) -> ModelSource:
+    """The model's shape; a plan needs no weights."""
+    from ..models import registry
+
+    if engine.model is not None and engine.weights is None and registry.find(engine.model) is not None:
+        return resolve(engine.model, weights=None, random_weights=True, layers=engine.layers)
+    return _source(engine)
+
+
+def _memory_text(name: str, memory: MemoryPlan, token_bytes: int) -> str:
+    lines = [
+        f"{name}, {memory.quant}/{memory.dtype}, context {memory.context}: "
+        f"decoding a token reads {gib(token_bytes)}",
+        "rank      weights    KV cache       total        free  fits",
+    ]
+    for rank in memory.ranks:
+        free = "unknown" if rank.limit_bytes is None else gib(rank.limit_bytes)
+        fits = {True: "yes", False: "no", None: "unknown"}[rank.fits]
+        columns = (gib(rank.weight_bytes), gib(rank.cache_bytes), gib(rank.total_bytes), free)
+        lines.append(f"{rank.rank:<4} " + "".join(f"{column:>12}" for column in columns) + f"  {fits}")
+    return "\n".join(lines)

@@ -1,0 +1,125 @@
+"""Runs one step through this rank's part of the model: embedding, layers over the cache, logits.
+
+The layer function is the unit of compilation: all layers share their code, so one compiled graph per
+shape class (one token; several) serves them all, and a deep model compiles as fast as a shallow one.
+The token dimension is dynamic from two up; rows are padded to one size. So neither a longer context
+nor another prompt length compiles anything.
+
+`--kernels reference --no-compile` pads nothing and computes the head on every token before choosing
+rows: at world 1 an unpadded prefill then does exactly what the plain model does, bit for bit.
+
+Legend: T tokens of the step, H hidden size, D head dim, L wanted logit rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..kernels.attention import cache_write, paged_attention
+from ..models.llama import Llama
+from ..sharding.layers import gather_last_dim
+from ..sharding.plan import Ranges
+from .kv_cache import KVCache
+from .step import Step, StepTensors
+
+
+def _layer_step(
+    layer: nn.Module,
+    x_TH: Tensor,
+    cos_TD: Tensor,
+    sin_TD: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    step: tuple[Tensor, Tensor, Tensor, Tensor],
+    scale: float,
+    window: int,
+    backend: str,
+) -> Tensor:
+    """One decoder layer, its attention going through the cache."""
+    slots_T, block_table, query_start, context_lens = step
+
+    def attend(_: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        cache_write(k, v, keys, values, slots_T, backend=backend)
+        return paged_attention(
+            q, keys, values, block_table, query_start, context_lens, scale, window, backend=backend
+        )
+
+    return layer(x_TH, cos_TD, sin_TD, attend)
+
+
+class ModelRunner:
+    """One rank's model and cache.
+
+    model: a Llama whose modules hold this rank's part. group: the tensor-parallel process group.
+    vocab_parts: each rank's ranges of the vocabulary. max_blocks: blocks of the longest row.
+    """
+
+    def __init__(
+        self,
+        model: Llama,
+        cache: KVCache,
+        group: dist.ProcessGroup,
+        vocab_parts: tuple[Ranges, ...],
+        *,
+        max_rows: int,
+        max_tokens: int,
+        max_blocks: int,
+        compile: bool,
+        reference: bool,
+        device: str,
+    ) -> None:
+        self.model = model
+        self.cache = cache
+        self.group = group
+        self.vocab_parts = vocab_parts
+        self.max_rows, self.max_tokens, self.max_blocks = max_rows, max_tokens, max_blocks
+        self.pad = compile or not reference
+        self.reference = reference
+        self.compiled = compile
+        self.device = device
+        self._layer: Callable[..., Tensor] = (
+            torch.compile(_layer_step, fullgraph=True) if compile else _layer_step
+        )
+
+    def tensors(self, step: Step) -> StepTensors:
+        """The step laid out and padded for this runner."""
+        return StepTensors.build(
+            step,
+            block_size=self.cache.shape.block_size,
+            max_blocks=self.max_blocks,
+            max_rows=self.max_rows,
+            max_tokens=self.max_tokens,
+            pad=self.pad,
+            device=self.device,
+        )
+
+    @torch.inference_mode()
+    def execute(self, step: Step) -> Tensor:
+        """Run the step; the wanted rows of logits, [L, V] float, whole on every rank. Writes the cache."""
+        inputs = self.tensors(step)
+        hidden_TH = self._layers(inputs)
+        if self.reference:
+            local_LV = self.model.head(hidden_TH)[inputs.logit_rows_L]
+        else:
+            local_LV = self.model.head(hidden_TH[inputs.logit_rows_L])
+        return gather_last_dim(local_LV, self.vocab_parts, self.group)[: inputs.num_logits]
+
+    def _layers(self, inputs: StepTensors) -> Tensor:
+        decoder, config = self.model.model, self.model.config
+        x_TH = decoder.embed_tokens(inputs.tokens_T)
+        cos_TD, sin_TD = self.model.rotary(inputs.positions_T)
+        if self.compiled and x_TH.shape[0] > 1:
+            for tensor in (x_TH, cos_TD, sin_TD, inputs.slots_T):
+                torch._dynamo.mark_dynamic(tensor, 0)
+        step = (inputs.slots_T, inputs.block_table_RB, inputs.query_start, inputs.context_lens_R)
+        scale, backend = config.head_dim**-0.5, "reference" if self.reference else "auto"
+        for index, layer in enumerate(decoder.layers):
+            keys, values, window = self.cache.keys[index], self.cache.values[index], config.window(index)
+            x_TH = self._layer(layer, x_TH, cos_TD, sin_TD, keys, values, step, scale, window, backend)
+            if self.compiled and x_TH.shape[0] > 1:
+                torch._dynamo.mark_dynamic(x_TH, 0)
+        return decoder.norm(x_TH)
