@@ -41,6 +41,7 @@ from .memory import (
     memory_plan,
     sharding_plan,
 )
+from .residual import keep_residual_in_fp32
 from .runner import ModelRunner
 from .source import ModelSource
 
@@ -88,6 +89,8 @@ def build_runner(source: ModelSource, config: EngineConfig, mesh: DeviceMesh, de
         memory_plan(source.config, plan, config, dtype=dtype).check(source.name)
     model = _load(source, config, plan, mesh, DTYPES[dtype], device)
     reference = config.kernels == "reference"
+    if not reference and dtype != "fp32":
+        keep_residual_in_fp32(model, DTYPES[dtype], device)
     rank = meshes.tp_rank(mesh)
     cache = _cache(plan, rank, source.config, config, context, dtype, device)
     group = meshes.tp_group(mesh)
@@ -122,7 +125,7 @@ def _load(
     backend = "reference" if config.kernels == "reference" else "auto"
 
     def install(name: str, value: Tensor | QuantizedTensor) -> None:
-        _install(model, name, value, backend)
+        _install(model, name, value, dtype, backend)
 
     load_weights(
         checkpoint,
@@ -147,7 +150,9 @@ def _open(source: ModelSource, plan: Plan) -> Checkpoint:
     return open_checkpoint(source.weights_path)
 
 
-def _install(model: Llama, name: str, value: Tensor | QuantizedTensor, backend: str) -> None:
+def _install(
+    model: Llama, name: str, value: Tensor | QuantizedTensor, dtype: torch.dtype, backend: str
+) -> None:
     """Put one weight in its place; a quantised one brings its own module."""
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
@@ -159,7 +164,7 @@ def _install(model: Llama, name: str, value: Tensor | QuantizedTensor, backend: 
         return
     parent, _, child = path.rpartition(".")
     if isinstance(module, nn.Embedding):
-        setattr(model.get_submodule(parent), child, QuantEmbedding(value, model.model.norm.weight.dtype))
+        setattr(model.get_submodule(parent), child, QuantEmbedding(value, dtype))
         if model.config.tie_word_embeddings:
             model.lm_head = QuantLinear(value, backend=backend)
     else:

@@ -111,6 +111,8 @@ class ModelRunner:
     def _layers(self, inputs: StepTensors) -> Tensor:
         decoder, config = self.model.model, self.model.config
         x_TH = decoder.embed_tokens(inputs.tokens_T)
+        if not self.reference:
+            x_TH = x_TH.float()
         cos_TD, sin_TD = self.model.rotary(inputs.positions_T)
         if self.compiled and x_TH.shape[0] > 1:
             for tensor in (x_TH, cos_TD, sin_TD, inputs.slots_T):
