@@ -6,6 +6,7 @@ for, not at import: launchers and tests set them late. Standard library only.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,7 +28,14 @@ class Variable:
 
 VARIABLES: tuple[Variable, ...] = (
     Variable("TP_CACHE_DIR", "path", "~/.cache/tp_runtime", "built kernels, measured ceilings, plans"),
+    Variable("TP_CHECKED", "flag", None, "1: the launcher has checked the script's arguments", "launcher"),
+    Variable("TP_MODEL_PATH", "path", None, "folder of weights by model name: <name>/ or <name>.gguf"),
+    Variable("HF_HUB_CACHE", "path", None, "the Hugging Face cache; default $HF_HOME/hub"),
+    Variable("HF_HOME", "path", "~/.cache/huggingface", "the folder of the Hugging Face libraries"),
     Variable("TP_LOG_LEVEL", "str", "info", "debug, info, warning or error"),
+    Variable("TP_CPU_ISA", "str", None, "instruction set of the CPU kernels: avx2, avx512 or amx (default: the best)"),
+    Variable("TORCHINDUCTOR_CACHE_DIR", "path", None, "compiled graphs; default: below TP_CACHE_DIR"),
+    Variable("GLOO_SOCKET_IFNAME", "str", None, "network interface of gloo; lo for a job on one host"),
     Variable("RANK", "int", "0", "rank in the job", "launcher"),
     Variable("WORLD_SIZE", "int", "1", "ranks in the job", "launcher"),
     Variable("LOCAL_RANK", "int", "0", "rank on this host", "launcher"),
@@ -35,6 +43,16 @@ VARIABLES: tuple[Variable, ...] = (
     Variable("MASTER_ADDR", "str", None, "address of the rendezvous store", "launcher"),
     Variable("MASTER_PORT", "int", None, "port of the rendezvous store", "launcher"),
     Variable("OMP_NUM_THREADS", "int", None, "threads a rank", "launcher"),
+    Variable("TP_JOB_ID", "str", None, "unique name of the job, for files and shared memory", "launcher"),
+    Variable("TP_LAUNCHER_PID", "int", None, "who started the rank; it ends with that process", "launcher"),
+    Variable("TP_PLACEMENT", "str", None, "the rank's part of tp-launch --dry-run --json", "launcher"),
+    Variable("TP_NUMA", "flag", "0", "ranks started by srun or mpirun place themselves as --numa would"),
+    Variable("TP_NUMA_STRICT", "flag", "0", "a placement that cannot be applied is refused", "launcher"),
+    Variable("LD_PRELOAD", "str", None, "allocator and OpenMP libraries of the placement", "launcher"),
+    Variable("CUDA_VISIBLE_DEVICES", "str", None, "GPUs ranks may use, by number in PCI order"),
+    Variable("TP_STORE_FILE", "path", None, "rendezvous store of a job on one host", "launcher"),
+    Variable("TP_COLLECTIVES", "str", None, "transport among ranks of one host: shm (default) or c10d"),
+    Variable("TP_COLLECTIVE_TIMEOUT", "float", None, "seconds a collective may wait for a peer"),
 )
 _BY_NAME = {variable.name: variable for variable in VARIABLES}
 
@@ -56,6 +74,20 @@ def get_int(name: str, environ: Mapping[str, str] | None = None) -> int | None:
         raise ConfigError(f"{name}={value!r} is not a whole number; unset it or give one") from None
 
 
+def get_float(name: str, environ: Mapping[str, str] | None = None) -> float | None:
+    """The value as a finite float. Raises ConfigError where it is none."""
+    value = get(name, environ)
+    if value is None:
+        return None
+    try:
+        number = float(value)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise ConfigError(f"{name}={value!r} is not a number; unset it or give one")
+    return number
+
+
 def get_flag(name: str, environ: Mapping[str, str] | None = None) -> bool:
     """True for 1, true, yes, on; False for 0, false, no, off, empty or unset. Else ConfigError."""
     value = (get(name, environ) or "").strip().lower()
@@ -70,6 +102,12 @@ def get_path(name: str, environ: Mapping[str, str] | None = None) -> Path | None
     """The value as a path with ~ expanded."""
     value = get(name, environ)
     return None if value is None else Path(value).expanduser()
+
+
+def set_default(name: str, value: str) -> None:
+    """Set a declared variable for this process and its children, where the user has not."""
+    assert name in _BY_NAME, f"{name} is not declared"
+    os.environ.setdefault(name, value)
 
 
 def render() -> str:

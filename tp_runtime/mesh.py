@@ -5,24 +5,24 @@ A job of one rank needs no launcher, port or store. On one host nothing listens 
 
 from __future__ import annotations
 
-import os
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from . import env
 from .errors import ConfigError
 
 TP_AXIS = "tp"
+DEFAULT_TIMEOUT_S = 600.0
 
 
-def init_mesh(*, device: str = "cpu", timeout_s: float = 600.0) -> DeviceMesh:
+def init_mesh(*, device: str = "cpu", timeout_s: float | None = None) -> DeviceMesh:
     """Join this process's job and return its one-dimensional mesh with axis "tp".
 
-    device: "cpu" or "cuda" (the rank's GPU is LOCAL_RANK). timeout_s: deadline of c10d collectives.
+    device: "cpu" or "cuda" (the rank's GPU is LOCAL_RANK). timeout_s: deadline of c10d collectives; None is
+    TP_COLLECTIVE_TIMEOUT (tp-launch --collective-timeout), else 600.
     The process group is created where there is none yet. Raises ConfigError for a broken environment.
     """
     rank, world = env.get_int("RANK") or 0, env.get_int("WORLD_SIZE") or 1
@@ -34,8 +34,10 @@ def init_mesh(*, device: str = "cpu", timeout_s: float = 600.0) -> DeviceMesh:
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
         one_host = (env.get_int("LOCAL_WORLD_SIZE") or 1) == world
         if one_host:
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+            env.set_default("GLOO_SOCKET_IFNAME", "lo")
         store = _rank_store(world)
+        if timeout_s is None:
+            timeout_s = env.get_float("TP_COLLECTIVE_TIMEOUT") or DEFAULT_TIMEOUT_S
         dist.init_process_group(
             backend,
             init_method="env://" if store is None else None,
@@ -71,8 +73,3 @@ def tp_size(mesh: DeviceMesh) -> int:
 def tp_group(mesh: DeviceMesh) -> dist.ProcessGroup:
     """The process group of the "tp" axis."""
     return mesh.get_group(TP_AXIS)
-
-
-def set_timeout(mesh: DeviceMesh, timeout_s: float) -> None:
-    """Change the deadline of c10d collectives on the mesh's group (long to load, short to decode)."""
-    _set_pg_timeout(timedelta(seconds=timeout_s), tp_group(mesh))

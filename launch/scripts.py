@@ -1,0 +1,56 @@
+"""Which program the ranks run: a file, a module (-m), or a script that comes with this package."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import LaunchError
+
+BUNDLED = ("bench", "generate", "serve")
+_PACKAGE = __name__.split(".")[0]
+
+
+@dataclass(frozen=True)
+class Script:
+    """A file (module is None) or a module, which runs as __main__ with `name` as its sys.argv[0]."""
+
+    name: str
+    module: str | None = None
+
+    @property
+    def command(self) -> list[str]:
+        """The words that name it on rank_main's command line."""
+        return [self.name] if self.module is None or self.is_bundled else ["-m", self.module]
+
+    @property
+    def is_bundled(self) -> bool:
+        """Whether it comes with this package."""
+        return self.module is not None and self.module in {f"{_PACKAGE}.{stem}" for stem in BUNDLED}
+
+
+def resolve(name: str, as_module: bool = False) -> Script:
+    """The program called `name`. Raises LaunchError where there is none."""
+    if as_module:
+        return Script(name, name)
+    if os.path.isfile(name):
+        return Script(name)
+    stem = Path(name).stem
+    bundled = [stem for stem in BUNDLED if importlib.util.find_spec(f"{_PACKAGE}.{stem}") is not None]
+    if name in (stem, f"{stem}.py") and stem in bundled:
+        return Script(name, f"{_PACKAGE}.{stem}")
+    raise LaunchError(
+        f"script {name!r} is no file here ({os.getcwd()}) and none of the bundled scripts "
+        f"({', '.join(f'{stem}.py' for stem in bundled)}); give the path of a Python file"
+    )
+
+
+def split(argv: list[str]) -> tuple[Script, list[str]]:
+    """The program and its arguments from rank_main's command line. Raises LaunchError."""
+    as_module = argv[:1] == ["-m"]
+    words = argv[1:] if as_module else argv
+    if not words:
+        raise LaunchError("no script was given; use python -m tp_runtime.launch.rank_main SCRIPT ARGS")
+    return resolve(words[0], as_module), words[1:]

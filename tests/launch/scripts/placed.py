@@ -1,0 +1,38 @@
+"""Each rank writes what it finds itself placed as to FOLDER/RANK.json: placed.py FOLDER [all-reduce]."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+assert "torch" not in sys.modules, "torch before the placement"
+
+from tp_runtime.launch import affinity, mempolicy  # noqa: E402
+
+facts = {
+    "cpus": sorted(os.sched_getaffinity(0)),
+    "in_maps": affinity.policy_in_force(),
+    "by_call": mempolicy.get_policy(),
+    "environ": {
+        k: v
+        for k, v in os.environ.items()
+        if k.startswith(("TP_", "OMP_", "MASTER_", "GLOO_")) or "RANK" in k
+    },
+    "words": sys.argv[1:],
+}
+if "all-reduce" in sys.argv:
+    import torch
+    import torch.distributed as dist
+
+    from tp_runtime.mesh import init_mesh
+
+    init_mesh()
+    total = torch.ones(1)
+    dist.all_reduce(total)
+    facts |= {
+        "sum": int(total),
+        "threads": torch.get_num_threads(),
+        "cpus_after": sorted(os.sched_getaffinity(0)),
+    }
+    dist.destroy_process_group()
+(Path(sys.argv[1]) / f"{os.environ['RANK']}.json").write_text(json.dumps(facts))

@@ -1,0 +1,192 @@
+"""The fault table: whatever happens to a rank or the launcher, the job ends, says why, leaves nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import time
+from pathlib import Path
+
+import pytest
+from tp_testing.jobs import SCRIPTS, Launch, Outcome
+
+LIMIT_S = 10.0
+HOST = socket.gethostname()
+
+
+def launch(folder: Path, stage: str, action: str, rank: str = "1", options: tuple[str, ...] = ()) -> Launch:
+    words = ["--nproc", "2", *options, str(SCRIPTS / "stages.py"), str(folder), stage, action, rank]
+    return Launch(words, folder)
+
+
+def first_sentence(outcome: Outcome) -> str:
+    assert outcome.sentences, "nothing was said"
+    return outcome.sentences[0]
+
+
+@pytest.mark.parametrize("stage", ["import", "load", "decode"])
+def test_a_rank_is_killed(stage: str, tmp_path: Path) -> None:
+    job = launch(tmp_path, stage, "wait")
+    facts = job.facts(2)
+    os.kill(facts[1]["pid"], signal.SIGKILL)
+    outcome = job.wait(LIMIT_S)
+    assert outcome.code == 128 + signal.SIGKILL
+    assert (
+        first_sentence(outcome)
+        == f"error: rank 1 of 2 on {HOST} (pid {facts[1]['pid']}) was killed by SIGKILL"
+    )
+    assert job.leftovers(facts) == []
+
+
+ENDS = {
+    "exit3": (3, f"error: rank 1 of 2 on {HOST} exited with code 3"),
+    "raise": (1, f"error: rank 1 of 2 on {HOST} raised RuntimeError: the weights are upside down"),
+    "refuse": (2, "error: model.safetensors ends after 12 of 30 bytes; fetch it again"),
+}
+
+
+@pytest.mark.parametrize(
+    ("action", "stage"),
+    [
+        ("exit3", "import"),
+        ("raise", "decode"),
+        ("refuse", "import"),
+        pytest.param("exit3", "decode", marks=pytest.mark.full),
+        pytest.param("raise", "import", marks=pytest.mark.full),
+        pytest.param("refuse", "decode", marks=pytest.mark.full),
+    ],
+)
+def test_a_rank_ends_by_itself(action: str, stage: str, tmp_path: Path) -> None:
+    code, sentence = ENDS[action]
+    job = launch(tmp_path, stage, action)
+    outcome = job.wait(LIMIT_S + 20.0)
+    assert (outcome.code, first_sentence(outcome)) == (code, sentence)
+    assert ("Traceback" in outcome.stderr) == (
+        action == "raise" or stage == "decode" and "peer" in outcome.stderr
+    )
+    assert job.leftovers(job_facts(tmp_path)) == []
+
+
+def job_facts(folder: Path) -> list[dict[str, object]]:
+    """Facts of ranks that may have ended meanwhile."""
+    return [
+        json.loads(path.read_text()) for path in folder.glob("rank*.attempt*") if path.suffix != ".partial"
+    ]
+
+
+def test_a_rank_is_stopped(tmp_path: Path) -> None:
+    job = launch(tmp_path, "decode", "wait")
+    facts = job.facts(2)
+    os.kill(facts[1]["pid"], signal.SIGSTOP)
+    outcome = job.wait(LIMIT_S)
+    assert outcome.code == 128 + signal.SIGSTOP
+    assert re.fullmatch(
+        rf"error: rank 1 of 2 on {HOST} \(pid {facts[1]['pid']}\) has been stopped \(SIGSTOP\) for [\d.]+ s",
+        first_sentence(outcome),
+    )
+    assert job.leftovers(facts) == []
+
+
+def test_a_rank_hangs(tmp_path: Path) -> None:
+    """Alive and not stopped: found by the others, who wait for it in a collective."""
+    job = launch(tmp_path, "decode", "hang", options=("--collective-timeout", "5"))
+    facts = job.facts(2)
+    outcome = job.wait(LIMIT_S)
+    assert outcome.code == 1
+    assert first_sentence(outcome).startswith(f"error: rank 0 of 2 on {HOST} raised ")
+    assert "5000ms" in first_sentence(outcome)
+    assert job.leftovers(facts) == []
+
+
+def test_the_launcher_is_killed(tmp_path: Path) -> None:
+    job = launch(tmp_path, "decode", "deaf", "all")
+    facts = job.facts(2)
+    job.process.kill()
+    job.wait(LIMIT_S)
+    assert job.leftovers(facts) == []
+
+
+def test_the_launcher_is_killed_while_ranks_start(tmp_path: Path) -> None:
+    """Before a rank can tie its life to the launcher's."""
+    job = launch(tmp_path, "import", "deaf", "all")
+    deadline = time.monotonic() + 30.0
+    while not job._pids():
+        assert time.monotonic() < deadline, "no rank was started"
+    job.process.kill()
+    job.wait(LIMIT_S)
+    assert job.leftovers(job_facts(tmp_path)) == []
+
+
+@pytest.mark.parametrize(
+    ("signum", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.full)]
+)
+def test_the_launcher_is_told_to_end(signum: int, code: int, tmp_path: Path) -> None:
+    job = launch(tmp_path, "import", "wait")
+    facts = job.facts(2)
+    os.kill(job.process.pid, signum)
+    outcome = job.wait(LIMIT_S)
+    assert outcome.code == code
+    assert outcome.sentences == [f"ended by {signal.Signals(signum).name}; all ranks were stopped"]
+    assert job.leftovers(facts) == []
+
+
+def test_a_second_ctrl_c_does_not_wait(tmp_path: Path) -> None:
+    """Ranks that ignore SIGINT and SIGTERM are given the grace period, unless asked twice."""
+    job = launch(tmp_path, "import", "deaf", "all", ("--grace-period", "60"))
+    facts = job.facts(2)
+    os.kill(job.process.pid, signal.SIGINT)
+    time.sleep(0.5)
+    assert job.process.poll() is None
+    os.kill(job.process.pid, signal.SIGINT)
+    assert job.wait(LIMIT_S).code == 130
+    assert job.leftovers(facts) == []
+
+
+def test_deaf_ranks_are_killed_after_the_grace_period(tmp_path: Path) -> None:
+    job = launch(tmp_path, "import", "deaf", "all", ("--grace-period", "0.5"))
+    facts = job.facts(2)
+    os.kill(job.process.pid, signal.SIGTERM)
+    assert job.wait(LIMIT_S).code == 143
+    assert job.leftovers(facts) == []
+
+
+def test_the_restart_budget_is_used_up(tmp_path: Path) -> None:
+    job = launch(tmp_path, "import", "exit3", options=("--max-restarts", "1"))
+    outcome = job.wait(LIMIT_S + 20.0)
+    assert outcome.code == 3
+    assert outcome.sentences == [
+        f"error: rank 1 of 2 on {HOST} exited with code 3; restart 1 of 1",
+        f"error: rank 1 of 2 on {HOST} exited with code 3; all 1 restarts of --max-restarts are used up",
+    ]
+    assert {path.name for path in tmp_path.glob("rank1.*")} == {"rank1.attempt0", "rank1.attempt1"}
+    assert job.leftovers(job_facts(tmp_path)) == []
+
+
+def test_the_script_is_missing(tmp_path: Path) -> None:
+    outcome = Launch(["--nproc", "2", "nowhere.py"], tmp_path).wait(LIMIT_S)
+    assert outcome.code == 2
+    assert re.fullmatch(
+        r"error: script 'nowhere.py' is no file here \(.*give the path of a Python file\n", outcome.stderr
+    )
+
+
+def test_the_port_is_busy(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        endpoint = f"127.0.0.1:{taken.getsockname()[1]}"
+        words = ["--nnodes", "2", "--node-rank", "0", "--rdzv-endpoint", endpoint]
+        outcome = Launch([*words, str(SCRIPTS / "stages.py")], tmp_path).wait(LIMIT_S + 10.0)
+    assert outcome.code == 2
+    assert f"--rdzv-endpoint {endpoint}: port {endpoint.partition(':')[2]} is taken" in outcome.stderr
+    assert len(outcome.stderr.splitlines()) == 1
+
+
+def test_the_other_host_does_not_come(tmp_path: Path) -> None:
+    words = ["--nnodes", "2", "--node-rank", "0", "--rdzv-endpoint", "127.0.0.1:29417", "--rdzv-timeout", "1"]
+    outcome = Launch([*words, str(SCRIPTS / "stages.py")], tmp_path).wait(LIMIT_S + 10.0)
+    assert outcome.code == 2
+    assert "of 2 nodes these did not join within 1 s: 1; start tp-launch there" in outcome.stderr
