@@ -12,15 +12,19 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
+    from .config import SamplingParams
+    from .engine.llm import LLM
     from .errors import TPError
     from .mesh import init_mesh
 
 _WHERE = {
+    "LLM": ".engine.llm",
+    "SamplingParams": ".config",
     "TPError": ".errors",
     "init_mesh": ".mesh",
 }
 
-__all__ = ["TPError", "__version__", "init_mesh"]
+__all__ = ["LLM", "SamplingParams", "TPError", "__version__", "init_mesh"]
 
 
 def __getattr__(name: str) -> Any:

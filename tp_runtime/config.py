@@ -43,7 +43,8 @@ class EngineConfig:
     that run at once. cache_bytes: bytes of this rank's KV cache (None: max_batch rows of `context`,
     less where memory is short). prefill_chunk: most tokens of one step. threads: lowers a rank's share
     of threads, never raises it. collective_timeout_s: how long a rank may keep the others waiting once
-    tokens flow; load_timeout_s: while weights are read and code is compiled.
+    tokens flow (None: what tp-launch --collective-timeout said, else 60); load_timeout_s: while weights
+    are read and code is compiled.
     """
 
     model: str | None = None
@@ -63,7 +64,7 @@ class EngineConfig:
     cache_bytes: int | None = None
     prefill_chunk: int = 512
     threads: int | None = None
-    collective_timeout_s: float = 60.0
+    collective_timeout_s: float | None = None
     load_timeout_s: float = 600.0
 
     def __post_init__(self) -> None:

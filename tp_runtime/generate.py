@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from tp_runtime import env
 from tp_runtime.config import EngineConfig, SamplingParams
-from tp_runtime.errors import ConfigError, TPError
+from tp_runtime.errors import CollectiveError, ConfigError, TPError
 from tp_runtime.flags import Parser, add_engine_flags, add_sampling_flags, configurations, print_config
 
 if TYPE_CHECKING:
@@ -163,7 +163,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = _parser().parse_args(list(argv))
         _run(args, *configurations(args))
     except TPError as error:
-        if rank == 0:
+        if env.get_int("TP_LAUNCHER_PID") is not None:
+            raise  # the launcher says it, once
+        if rank == 0 or isinstance(error, CollectiveError):
             sys.stderr.write(f"error: {error}\n")
         return 2
     return 0

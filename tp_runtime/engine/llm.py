@@ -16,7 +16,9 @@ from typing import Any
 
 from torch import Tensor
 
+from .. import env
 from .. import mesh as meshes
+from ..collectives import attach, set_timeout
 from ..config import EngineConfig, SamplingParams
 from ..errors import CollectiveError, RequestError
 from ..text import Tokenizer
@@ -32,6 +34,8 @@ from .sequence import Sequence as Answer
 from .source import resolve
 from .step import Row, Step
 from .tokenizing import NoText, has_tokenizer, open_tokenizer
+
+DECODE_TIMEOUT_S = 60.0
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 OnText = Callable[[int, str], None]
@@ -56,6 +60,7 @@ class LLM:
         )
         device = usable_device(self.config)
         self.mesh = meshes.init_mesh(device=device, timeout_s=self.config.load_timeout_s)
+        attach(meshes.tp_group(self.mesh), self.config.load_timeout_s)
         self.rank, self.world_size = meshes.tp_rank(self.mesh), meshes.tp_size(self.mesh)
         on_cpu = device == "cpu"
         self.read_ceiling_gb_s = job_read_ceiling_gb_s(self.mesh) if measure_ceiling and on_cpu else None
@@ -65,8 +70,11 @@ class LLM:
         self.timing: Timing | None = None
         self._tokenizer: Tokenizer | None = None
         self._warm_up()
-        meshes.set_timeout(self.mesh, self.config.collective_timeout_s)
-        self._channel = Channel(self.runner.group, idle_s=self.config.collective_timeout_s / 3)
+        limit_s = (
+            self.config.collective_timeout_s or env.get_float("TP_COLLECTIVE_TIMEOUT") or DECODE_TIMEOUT_S
+        )
+        set_timeout(self.runner.group, limit_s)
+        self._channel = Channel(self.runner.group, idle_s=limit_s / 3)
 
     @property
     def tokenizer(self) -> Tokenizer:

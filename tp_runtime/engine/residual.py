@@ -10,15 +10,19 @@ The reference path does not use this: there the model runs exactly as written.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
-from ..models.llama import Llama, RMSNorm
+from ..models.llama import DecoderLayer, Llama, RMSNorm
 from ..quant.linear import QuantLinear
 
 
 class ResidualNorm(nn.Module):
     """RMSNorm of an fp32 stream, all in fp32, rounded once to `dtype`."""
+
+    weight: Tensor
 
     def __init__(self, norm: RMSNorm, dtype: torch.dtype) -> None:
         super().__init__()
@@ -39,9 +43,10 @@ def keep_residual_in_fp32(model: Llama, dtype: torch.dtype, device: str) -> None
     between 16 and 16.125, and near-ties are decided there.
     """
     head_dtype = torch.float32 if isinstance(model.lm_head, QuantLinear) else dtype
-    if device == "cpu" and isinstance(model.model.layers[0].self_attn.q_proj, QuantLinear):
+    layers = [cast(DecoderLayer, layer) for layer in model.model.layers]
+    if device == "cpu" and isinstance(layers[0].self_attn.q_proj, QuantLinear):
         dtype = torch.float32
-    for layer in model.model.layers:
-        layer.input_layernorm = ResidualNorm(layer.input_layernorm, dtype)
-        layer.post_attention_layernorm = ResidualNorm(layer.post_attention_layernorm, dtype)
-    model.model.norm = ResidualNorm(model.model.norm, head_dtype)
+    for layer in layers:
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            setattr(layer, name, ResidualNorm(getattr(layer, name), dtype))
+    setattr(model.model, "norm", ResidualNorm(model.model.norm, head_dtype))  # noqa: B010  (another class)

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..collectives import collective_errors
 from ..kernels.attention import cache_write, paged_attention
 from ..models.llama import Llama
 from ..sharding.layers import gather_last_dim
@@ -99,8 +100,15 @@ class ModelRunner:
 
     @torch.inference_mode()
     def execute(self, step: Step) -> Tensor:
-        """Run the step; the wanted rows of logits, [L, V] float, whole on every rank. Writes the cache."""
+        """Run the step; the wanted rows of logits, [L, V] float, whole on every rank. Writes the cache.
+
+        Raises CollectiveError where a peer is lost.
+        """
         inputs = self.tensors(step)
+        with collective_errors():
+            return self._logits(inputs)
+
+    def _logits(self, inputs: StepTensors) -> Tensor:
         hidden_TH = self._layers(inputs)
         if self.reference:
             local_LV = self.model.head(hidden_TH)[inputs.logit_rows_L]

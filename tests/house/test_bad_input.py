@@ -1,0 +1,153 @@
+"""Every bad input gets one sentence, a non-zero code and no traceback, before any rank starts."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+Make = Callable[[Path], list[str]]
+PROMPT = ["--prompt", "hello"]
+
+
+def tiny_config(**changes: int) -> dict[str, object]:
+    return {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 64, "hidden_size": 32,
+        "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2,
+        "max_position_embeddings": 128, "tie_word_embeddings": True, **changes,
+    }  # fmt: skip
+
+
+def tiny_model(folder: Path, *, with_tokenizer: bool = True, **changes: int) -> Path:
+    """A Hugging Face folder whose weights are of tiny_config() and whose config may say otherwise."""
+    import torch
+    from safetensors.torch import save_file
+
+    layer = "model.layers.0."
+    shapes = {
+        "model.embed_tokens.weight": (64, 32), "model.norm.weight": (32,),
+        **{f"{layer}self_attn.{name}_proj.weight": (32, 32) for name in "qkvo"},
+        f"{layer}mlp.gate_proj.weight": (64, 32), f"{layer}mlp.up_proj.weight": (64, 32),
+        f"{layer}mlp.down_proj.weight": (32, 64), f"{layer}input_layernorm.weight": (32,),
+        f"{layer}post_attention_layernorm.weight": (32,),
+    }  # fmt: skip
+    save_file({name: torch.ones(shape) for name, shape in shapes.items()}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(tiny_config(**changes)))
+    if with_tokenizer:
+        from tokenizers import Tokenizer, models
+
+        Tokenizer(models.BPE(vocab={chr(i): i - 32 for i in range(32, 96)}, merges=[])).save(
+            str(folder / "tokenizer.json")
+        )
+    return folder
+
+
+def truncated_safetensors(folder: Path) -> list[str]:
+    path = tiny_model(folder) / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    return ["generate.py", "--model", str(folder), *PROMPT]
+
+
+def gguf(folder: Path, content: bytes) -> list[str]:
+    path = folder / "model.gguf"
+    path.write_bytes(content)
+    return ["generate.py", "--model", str(path), *PROMPT]
+
+
+def long_prompt(folder: Path) -> list[str]:
+    (folder / "long.txt").write_text("word " * 3000)
+    return ["generate.py", "--context", "512", "--prompt-file", str(folder / "long.txt")]
+
+
+CASES: dict[str, tuple[Make, str]] = {
+    "unknown model": (lambda f: ["generate.py", "--model", "lama-70b", *PROMPT], "did you mean llama-70b"),
+    "no weights": (lambda f: ["generate.py", "--model", "llama-70b", *PROMPT], "llama-70b"),
+    "unknown quant": (lambda f: ["generate.py", "--quant", "int3", *PROMPT], "int3"),
+    "too many ranks": (
+        lambda f: ["--nproc", "12", "generate.py", *PROMPT],
+        "num_heads=9 cannot be split over 12 ranks: at most one rank a query head; use --nproc 9 or fewer",
+    ),
+    "no ranks": (lambda f: ["--nproc", "0", "generate.py", *PROMPT], "0"),
+    "long prompt": (long_prompt, "the context holds 512"),
+    "empty prompt": (lambda f: ["generate.py", "--prompt", ""], "the prompt is empty"),
+    "no prompt": (lambda f: ["generate.py"], "no prompt was given"),
+    "missing prompt file": (lambda f: ["generate.py", "--prompt-file", str(f / "none")], "cannot be read"),
+    "missing script": (lambda f: ["nothing.py"], "nothing.py"),
+    "missing weights": (lambda f: ["generate.py", "--weights", str(f / "none"), *PROMPT], "none"),
+    "truncated safetensors": (truncated_safetensors, "model.safetensors"),
+    "empty gguf": (lambda f: gguf(f, b""), "model.gguf"),
+    "truncated gguf": (lambda f: gguf(f, b"GGUF" + struct.pack("<IQQ", 3, 10, 2)), "model.gguf"),
+    "2**60 tensors": (lambda f: gguf(f, b"GGUF" + struct.pack("<IQQ", 3, 1 << 60, 0)), "model.gguf"),
+    "2**62-byte string": (
+        lambda f: gguf(f, b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 1 << 62) + b"x" * 64), "model.gguf",
+    ),
+    "another shape": (
+        lambda f: ["generate.py", "--model", str(tiny_model(f, intermediate_size=96)), *PROMPT], "gate_proj",
+    ),
+    "no tokenizer": (
+        lambda f: ["generate.py", "--model", str(tiny_model(f, with_tokenizer=False)), *PROMPT], "tokenizer",
+    ),
+    "does not fit": (
+        lambda f: ["generate.py", "--model", "llama2-70b", "--random-weights", *PROMPT], "are free there",
+    ),
+    "context beyond the model": (lambda f: ["generate.py", "--context", "9000", *PROMPT], "8192 positions"),
+    "bad temperature": (lambda f: ["generate.py", "--temperature", "-1", *PROMPT], "temperature"),
+    "unknown flag": (lambda f: ["generate.py", "--temprature", "1", *PROMPT], "--temprature"),
+    "system without chat": (lambda f: ["generate.py", "--system", "x", *PROMPT], "--chat"),
+}  # fmt: skip
+
+
+def launch(arguments: list[str], **variables: str) -> subprocess.CompletedProcess[str]:
+    command = [str(Path(sys.executable).parent / "tp-launch"), *arguments]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", **variables},
+    )  # fmt: skip
+
+
+def assert_refused(done: subprocess.CompletedProcess[str], words: str) -> None:
+    assert done.returncode != 0
+    assert "Traceback" not in done.stdout + done.stderr, done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
+    assert words in lines[0], lines[0]
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_refused_in_one_sentence(case: str, tmp_path: Path, smollm2_gguf: Path) -> None:
+    make, words = CASES[case]
+    assert_refused(launch(make(tmp_path)), words)
+
+
+def test_unwritable_cache_folder(tmp_path: Path, smollm2_gguf: Path) -> None:
+    (tmp_path / "file").write_text("a file, so nothing can be made below it")
+    done = launch(["generate.py", *PROMPT], TP_CACHE_DIR=str(tmp_path / "file" / "cache"))
+    assert_refused(done, "TP_CACHE_DIR")
+
+
+def test_plan_needs_no_weights_and_no_torch(tmp_path: Path) -> None:
+    """The 70B plan for 8 ranks, from one process."""
+    arguments = ["--nproc", "8", "generate.py", "--model", "llama-70b", "--quant", "int8", "--context", "8192"]
+    done = launch([*arguments, "--plan"])
+    assert done.returncode == 0, done.stderr
+    assert "rank" in done.stdout and "161 all_reduce" in done.stdout
+    document = json.loads(launch([*arguments, "--plan", "--json"]).stdout)
+    assert len(document["ranks"]) == 8
+    assert document["weight_bytes_per_token"] == sum(
+        n * k + 4 * n
+        for n, k in [(128256, 8192)] + 80 * [
+            (8192, 8192), (1024, 8192), (1024, 8192), (8192, 8192), (28672, 8192), (28672, 8192), (8192, 28672)
+        ]
+    )  # fmt: skip
+    code = (
+        "import sys; from tp_runtime.generate import check; "
+        "assert check(['--model', 'llama-70b', '--plan'], 8) == 0; assert 'torch' not in sys.modules"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60).returncode == 0
