@@ -55,18 +55,23 @@ def measure(sizes: tuple[int, ...] = SIZES) -> list[dict[str, Any]]:
                 x = collectives.all_reduce(x, group)
             return x
 
-        return torch.compile(reduce_often, fullgraph=True)
+        return torch.compile(reduce_often, fullgraph=True, dynamic=False)
 
-    chains = {name: chain(group) for name, group in groups.items()}
     rows = []
     for dtype in (torch.bfloat16, torch.float32):
         for num_bytes in sizes:
             x = torch.zeros(num_bytes // dtype.itemsize, dtype=dtype)
+            torch._dynamo.reset()  # or its limit on recompilations would be met
+            chains = {name: chain(group) for name, group in groups.items()}
             cases: list[tuple[str, str, bool, int, Callable[[], Any]]] = []
             for name, group in groups.items():
-                cases.append(("all_reduce", name, True, CHAIN, lambda n=name, x=x: chains[n](x)))
-                cases.append(("all_reduce", name, False, 1, lambda g=group, x=x: collectives.all_reduce(x, g)))
-                cases.append(("all_gather", name, False, 1, lambda g=group, x=x: collectives.all_gather(x, g)))
+                cases.append(("all_reduce", name, True, CHAIN, lambda c=chains[name], x=x: c(x)))
+                cases.append(
+                    ("all_reduce", name, False, 1, lambda g=group, x=x: collectives.all_reduce(x, g))
+                )
+                cases.append(
+                    ("all_gather", name, False, 1, lambda g=group, x=x: collectives.all_gather(x, g))
+                )
                 cases.append(("broadcast", name, False, 1, lambda g=group, x=x: collectives.broadcast_(x, g)))
             taken: dict[int, list[float]] = {index: [] for index in range(len(cases))}
             for index, case in enumerate(cases):
