@@ -134,7 +134,17 @@ def test_unwritable_cache_folder(tmp_path: Path, smollm2_gguf: Path) -> None:
 
 def test_plan_needs_no_weights_and_no_torch(tmp_path: Path) -> None:
     """The 70B plan for 8 ranks, from one process."""
-    arguments = ["--nproc", "8", "generate.py", "--model", "llama-70b", "--quant", "int8", "--context", "8192"]
+    arguments = [
+        "--nproc",
+        "8",
+        "generate.py",
+        "--model",
+        "llama-70b",
+        "--quant",
+        "int8",
+        "--context",
+        "8192",
+    ]
     done = launch([*arguments, "--plan"])
     assert done.returncode == 0, done.stderr
     assert "rank" in done.stdout and "161 all_reduce" in done.stdout

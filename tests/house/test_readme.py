@@ -24,7 +24,13 @@ def run(command: list[str], repository: Path) -> str:
     scripts = Path(sys.executable).parent
     variables = {**os.environ, "PATH": f"{scripts}:{os.environ['PATH']}", "VENV": str(scripts.parent)}
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=600, cwd=repository, env=variables, stdin=subprocess.DEVNULL
+        command,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        cwd=repository,
+        env=variables,
+        stdin=subprocess.DEVNULL,
     )
     assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout}\n{done.stderr}"
     return done.stdout

@@ -58,7 +58,9 @@ def reference_logits(smollm2_gguf: Path, smollm2_reference: Any) -> Any:
 
 
 @pytest.mark.parametrize(("form", "world"), CASES)
-def test_logits(form: str, world: int, smollm2_gguf: Path, smollm2_reference: Any, reference_logits: Any) -> None:
+def test_logits(
+    form: str, world: int, smollm2_gguf: Path, smollm2_reference: Any, reference_logits: Any
+) -> None:
     import numpy as np
 
     settings = {"dtype": "bf16", "quant": form, "compile": False}

@@ -1,7 +1,10 @@
-"""all_reduce, all_gather and broadcast over one process group, as ops torch.compile can trace."""
+"""all_reduce, all_gather and broadcast over one process group, as ops torch.compile can trace.
+
+ops.py: the functions. shm.py: attaching ranks of one host to shared memory. src/: its C++.
+"""
 
 from __future__ import annotations
 
-from .ops import all_gather, all_reduce, broadcast_
+from .ops import all_gather, all_reduce, attach, broadcast_, collective_errors, set_timeout
 
-__all__ = ["all_gather", "all_reduce", "broadcast_"]
+__all__ = ["all_gather", "all_reduce", "attach", "broadcast_", "collective_errors", "set_timeout"]

@@ -7,6 +7,8 @@ linears and the embedding get their all-reduce from the sharding layers. The mod
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import psutil
@@ -17,10 +19,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from .. import mesh as meshes
 from ..checkpoint import RandomCheckpoint, open_checkpoint
 from ..checkpoint.base import Checkpoint
+from ..checkpoint.inventory import stored_tensors
 from ..checkpoint.load import WeightRequest, load_weights
 from ..config import EngineConfig
 from ..errors import ConfigError, MemoryLimitError
-from ..log import get_logger
+from ..layout import WeightFormat
+from ..log import once
 from ..models.config import ModelConfig
 from ..models.llama import Llama
 from ..quant.embedding import QuantEmbedding
@@ -28,7 +32,7 @@ from ..quant.linear import QuantLinear
 from ..quant.tensor import QuantizedTensor
 from ..sharding.layers import wrap_modules
 from ..sharding.plan import Plan
-from .device import pick_device, pick_dtype
+from .device import has_compiler, pick_device, pick_dtype
 from .figures import weight_bytes_per_token
 from .kv_cache import CacheShape, KVCache
 from .memory import (
@@ -79,15 +83,25 @@ def build_runner(source: ModelSource, config: EngineConfig, mesh: DeviceMesh, de
     """
     dtype = pick_dtype(config, device)
     if config.dtype is None:
-        get_logger().debug(f"dtype is {dtype}: --dtype was not given and {device} has it")
+        once(f"computing in {dtype}, which this {device} does fastest; --dtype says otherwise", logging.INFO)
+    compile = config.compile and has_compiler()
+    if config.compile and not compile:
+        once(
+            "no C++ compiler was found (g++, clang++), so the step is not compiled; install one, or --no-compile"
+        )
     if config.threads is not None:
         torch.set_num_threads(min(config.threads, torch.get_num_threads()))
     world = meshes.tp_size(mesh)
     plan = sharding_plan(source.config, world)
     context = context_limit(config, source.config)
+    stored = None if source.weights_path is None else stored_tensors(source.weights_path)
+    format_of = formats(config, stored)
     if device == "cpu":
-        memory_plan(source.config, plan, config, dtype=dtype).check(source.name)
-    model = _load(source, config, plan, mesh, DTYPES[dtype], device)
+        limits = [_free_bytes(device, world)] * world
+        memory_plan(source.config, plan, config, dtype=dtype, format_of=format_of, limits=limits).check(
+            source.name
+        )
+    model = _load(source, config, plan, mesh, format_of, DTYPES[dtype], device)
     reference = config.kernels == "reference"
     if not reference and dtype != "fp32":
         keep_residual_in_fp32(model, DTYPES[dtype], device)
@@ -103,23 +117,28 @@ def build_runner(source: ModelSource, config: EngineConfig, mesh: DeviceMesh, de
         max_rows=config.max_batch,
         max_tokens=max(config.prefill_chunk, config.max_batch),
         max_blocks=cache.shape.blocks_for(context),
-        compile=config.compile,
+        compile=compile,
         reference=reference,
         device=device,
     )
     token_bytes = weight_bytes_per_token(
-        plan, source.config.tie_word_embeddings, formats(config), DTYPE_BYTES[dtype]
+        plan, source.config.tie_word_embeddings, format_of, DTYPE_BYTES[dtype]
     )
     eos_ids = frozenset(source.config.eos_token_ids)
     return Built(runner, source.config, plan, context, dtype, device, eos_ids, token_bytes)
 
 
 def _load(
-    source: ModelSource, config: EngineConfig, plan: Plan, mesh: DeviceMesh, dtype: torch.dtype, device: str
+    source: ModelSource,
+    config: EngineConfig,
+    plan: Plan,
+    mesh: DeviceMesh,
+    format_of: Callable[[str], WeightFormat | None],
+    dtype: torch.dtype,
+    device: str,
 ) -> Llama:
     with torch.device("meta"):
         model = Llama(source.config).to(dtype)
-    format_of = formats(config)
     requests = [WeightRequest(weight.name, weight, format_of(weight.name), dtype) for weight in plan.weights]
     checkpoint = _open(source, plan)
     backend = "reference" if config.kernels == "reference" else "auto"

@@ -6,12 +6,11 @@ cannot fit before anything is read.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-import psutil
-
+from ..checkpoint.inventory import TensorInfo
 from ..config import EngineConfig
 from ..errors import ConfigError, MemoryLimitError
 from ..layout import WeightFormat, weight_format
@@ -45,8 +44,17 @@ def sharding_plan(config: ModelConfig, world_size: int) -> Plan:
     )
 
 
-def formats(config: EngineConfig) -> Callable[[str], WeightFormat | None]:
-    """Parameter name -> its format: head and embedding as --head-quant says, other matrices as --quant."""
+# Storage types of a GGUF whose 4-bit groups have an offset, or have none; kept by 4-bit formats.
+_ASYMMETRIC = {"Q4_1": True, "Q4_0": False}
+
+
+def formats(
+    config: EngineConfig, stored: Mapping[str, TensorInfo] | None = None
+) -> Callable[[str], WeightFormat | None]:
+    """Parameter name -> its format: head and embedding as --head-quant says, other matrices as --quant.
+
+    stored: what the checkpoint holds. A 4-bit format keeps the scheme of a GGUF's 4-bit blocks.
+    """
     body = weight_format(config.quant, asymmetric=config.int4_asym)
     head_name = config.head_quant or ("int8" if body is not None and body.bits == 4 else config.quant)
     head = weight_format(head_name, asymmetric=config.int4_asym)
@@ -54,7 +62,9 @@ def formats(config: EngineConfig) -> Callable[[str], WeightFormat | None]:
     def format_of(name: str) -> WeightFormat | None:
         if not name.endswith(".weight") or name.endswith("norm.weight"):
             return None
-        return head if name.endswith(("embed_tokens.weight", "lm_head.weight")) else body
+        form = head if name.endswith(("embed_tokens.weight", "lm_head.weight")) else body
+        kept = _ASYMMETRIC.get(stored[name].type_name) if stored and name in stored else None
+        return form if form is None or form.bits != 4 or kept is None else replace(form, asymmetric=kept)
 
     return format_of
 
@@ -150,13 +160,11 @@ def memory_plan(
     config: EngineConfig,
     *,
     dtype: str,
-    limits: list[int | None] | None = None,
+    format_of: Callable[[str], WeightFormat | None],
+    limits: Sequence[int | None],
 ) -> MemoryPlan:
-    """Every rank's bytes. limits: free bytes a rank (None: an equal share of this host's free memory)."""
-    world = plan.world_size
-    if limits is None:
-        limits = [psutil.virtual_memory().available // world] * world
-    format_of, context = formats(config), context_limit(config, model)
+    """Every rank's bytes. limits: free bytes of each rank; None where unknown."""
+    world, context = plan.world_size, context_limit(config, model)
     cache_bytes = 2 if config.cache_dtype == "bf16" else DTYPE_BYTES[dtype]
     ranks = []
     for rank in range(world):

@@ -14,6 +14,7 @@ from ..config import EngineConfig, SamplingParams
 from ..errors import ConfigError, RequestError
 from .device import pick_device, pick_dtype
 from .figures import weight_bytes_per_token
+from .host_memory import free_bytes_by_rank
 from .memory import (
     DTYPE_BYTES,
     MemoryPlan,
@@ -37,14 +38,21 @@ def preflight(engine: EngineConfig, sampling: SamplingParams, nproc: int, reques
     source = _source(engine)
     device = pick_device(engine)
     plan = sharding_plan(source.config, nproc)
-    if source.weights_path is not None:
+    stored = None if source.weights_path is None else stored_tensors(source.weights_path)
+    if stored is not None:
         wanted = {weight.name: weight.shape for weight in plan.weights}
         beyond = source.config.num_layers
-        held = stored_tensors(source.weights_path)
-        check_tensors(str(source.weights_path), held, wanted, lambda name: layer_of(name) >= beyond)
+        check_tensors(str(source.weights_path), stored, wanted, lambda name: layer_of(name) >= beyond)
     context = context_limit(engine, source.config)
     if device == "cpu":
-        memory_plan(source.config, plan, engine, dtype=pick_dtype(engine, device)).check(source.name)
+        memory_plan(
+            source.config,
+            plan,
+            engine,
+            dtype=pick_dtype(engine, device),
+            format_of=formats(engine, stored),
+            limits=free_bytes_by_rank(nproc, device),
+        ).check(source.name)
     _refuse_long_prompts(source, requests, context)
 
 
@@ -89,8 +97,10 @@ def show_plan(engine: EngineConfig, nproc: int, *, as_json: bool) -> None:
     device = pick_device(engine)
     dtype = pick_dtype(engine, device)
     plan = sharding_plan(source.config, nproc)
-    memory = memory_plan(source.config, plan, engine, dtype=dtype)
-    format_of = formats(engine)
+    stored = None if source.weights_path is None else stored_tensors(source.weights_path)
+    format_of = formats(engine, stored)
+    limits = free_bytes_by_rank(nproc, device)
+    memory = memory_plan(source.config, plan, engine, dtype=dtype, format_of=format_of, limits=limits)
     token_bytes = weight_bytes_per_token(
         plan, source.config.tie_word_embeddings, format_of, DTYPE_BYTES[dtype]
     )

@@ -1,0 +1,101 @@
+"""Sums from shapes: bytes a token, bytes a rank, what fits, and the figures' definitions."""
+
+from __future__ import annotations
+
+import pytest
+
+from tp_runtime.config import EngineConfig
+from tp_runtime.engine.figures import Timing, last_level_cache_bytes, weight_bytes_per_token
+from tp_runtime.engine.host_memory import free_bytes_by_rank
+from tp_runtime.engine.memory import OVERHEAD_BYTES, context_limit, formats, memory_plan, sharding_plan
+from tp_runtime.errors import ConfigError, MemoryLimitError
+from tp_runtime.models import registry
+from tp_runtime.models.config import ModelConfig
+
+SMOL = (49152 * 576, 30 * (576 * 576 * 2 + 576 * 192 * 2 + 3 * 576 * 1536))
+
+
+def config_of(name: str) -> ModelConfig:
+    entry = registry.find(name)
+    assert entry is not None
+    return entry.config
+
+
+@pytest.mark.parametrize(
+    ("quant", "head_bytes", "body_bytes"),
+    [
+        ("none", 2.0, 2.0),
+        ("int8", 1.0, 1.0),
+        ("int4", 1.0, 0.5 + 2 / 32),
+        ("int4-g64", 1.0, 0.5 + 2 / 64),
+        ("int8-g32", 1 + 2 / 32, 1 + 2 / 32),
+    ],
+)
+@pytest.mark.parametrize("world", [1, 3])
+def test_weight_bytes_per_token(quant: str, head_bytes: float, body_bytes: float, world: int) -> None:
+    """The unsharded model's matrices, the tied head once; int8 has an fp32 scale a row."""
+    model = config_of("smollm2-135m")
+    found = weight_bytes_per_token(sharding_plan(model, world), True, formats(EngineConfig(quant=quant)), 2)
+    rows = 30 * (576 + 192 + 192 + 576 + 1536 + 1536 + 576)
+    wanted = SMOL[0] * head_bytes + SMOL[1] * body_bytes
+    wanted += 4 * 49152 if head_bytes == 1.0 else 0
+    wanted += 4 * rows if body_bytes == 1.0 else 0
+    assert found == pytest.approx(wanted, rel=1e-12)
+
+
+def test_untied_embeddings_are_looked_up_and_not_read() -> None:
+    model = config_of("llama-70b")
+    found = weight_bytes_per_token(sharding_plan(model, 1), False, formats(EngineConfig()), 2)
+    layer = 8192 * 8192 * 2 + 2 * 1024 * 8192 + 3 * 8192 * 28672
+    assert found == 2 * (80 * layer + 128256 * 8192)
+
+
+def test_formats() -> None:
+    format_of = formats(EngineConfig(quant="int4", int4_asym=True))
+    body, head = format_of("model.layers.0.mlp.up_proj.weight"), format_of("lm_head.weight")
+    assert body is not None and (body.name, body.asymmetric) == ("int4-g32", True)
+    assert head is not None and head.name == "int8"
+    assert (
+        format_of("model.norm.weight") is None and format_of("model.layers.0.self_attn.q_proj.bias") is None
+    )
+    plain_head = formats(EngineConfig(quant="int4", head_quant="none"))
+    assert plain_head("model.embed_tokens.weight") is None
+
+
+@pytest.mark.parametrize(("context", "limit"), [(None, 8192), (100, 100), (131072, 131072)])
+def test_context(context: int | None, limit: int) -> None:
+    assert context_limit(EngineConfig(context=context), config_of("llama-8b")) == limit
+
+
+def test_context_beyond_the_model() -> None:
+    with pytest.raises(ConfigError, match="beyond this model's 8192 positions"):
+        context_limit(EngineConfig(context=8193), config_of("smollm2-135m"))
+
+
+def test_what_does_not_fit_is_refused_with_the_numbers() -> None:
+    model, config = config_of("llama-70b"), EngineConfig(quant="int8", context=8192)
+    plan = sharding_plan(model, 8)
+    made = memory_plan(
+        model, plan, config, dtype="bf16", format_of=formats(config), limits=[10 << 30] * 7 + [None]
+    )
+    assert [rank.fits for rank in made.ranks] == [True] * 7 + [None]
+    first = made.ranks[0]
+    assert first.cache_bytes == 2 * 80 * 128 * 8192 * 2, "one KV head of 128 a rank, in bf16"
+    assert first.total_bytes == first.weight_bytes + first.cache_bytes + OVERHEAD_BYTES
+    made.check("llama-70b")
+    small = memory_plan(model, plan, config, dtype="bf16", format_of=formats(config), limits=[9 << 30] * 8)
+    with pytest.raises(MemoryLimitError, match=r"on rank 0 .* and 9\.00 GiB are free there; use more ranks"):
+        small.check("llama-70b")
+
+
+def test_free_memory_of_this_host() -> None:
+    one, two = free_bytes_by_rank(1, "cpu"), free_bytes_by_rank(2, "cpu")
+    assert len(one) == 1 and len(two) == 2
+    assert all(value is not None and value > 0 for value in one + two)
+    assert two[0] < one[0] * 0.75, "two ranks share what one has"
+
+
+def test_caches_and_speed() -> None:
+    assert last_level_cache_bytes() >= 0
+    assert Timing(1.0, 2.0, 10).tok_s == 5
+    assert Timing(1.0, 0.0, 0).tok_s is None

@@ -1,0 +1,136 @@
+// The shared-memory collectives as torch sees them: ops that name their group by a string.
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <torch/library.h>
+
+#include <memory>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+#include <unordered_map>
+
+#include "group.h"
+
+namespace tp {
+namespace {
+
+using at::Tensor;
+
+std::mutex registry_mutex;
+
+std::unordered_map<std::string, std::shared_ptr<Group>>& registry() {
+  static std::unordered_map<std::string, std::shared_ptr<Group>> groups;
+  return groups;
+}
+
+std::shared_ptr<Group> find(const std::string& name) {
+  const std::lock_guard<std::mutex> guard(registry_mutex);
+  const auto found = registry().find(name);
+  TORCH_CHECK(found != registry().end(), "group ", name, " is not attached to shared memory");
+  return found->second;
+}
+
+Element element_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case at::kFloat: return Element::kFloat32;
+    case at::kBFloat16: return Element::kBfloat16;
+    case at::kHalf: return Element::kFloat16;
+    case at::kInt: return Element::kInt32;
+    case at::kLong: return Element::kInt64;
+    default: TORCH_CHECK(false, "all_reduce takes fp32, bf16, fp16, int32 and int64, not ", x.scalar_type());
+  }
+}
+
+Reduction reduction_of(std::string_view name) {
+  if (name == "sum") return Reduction::kSum;
+  if (name == "max") return Reduction::kMax;
+  TORCH_CHECK(name == "min", "all_reduce does sum, max and min, not ", name);
+  return Reduction::kMin;
+}
+
+// torch's own error class for such things crosses into Python as torch.distributed.DistBackendError.
+template <typename Action>
+void run(const Action& action) {
+  try {
+    action();
+  } catch (const CollectiveFailure& failure) {
+    C10_THROW_ERROR(DistBackendError, failure.what);
+  }
+}
+
+Tensor all_reduce(const Tensor& x, std::string_view reduction, std::string_view group) {
+  const Tensor from = x.contiguous();
+  Tensor out = at::empty_like(from, at::MemoryFormat::Contiguous);
+  const auto shared = find(std::string(group));
+  run([&] {
+    shared->all_reduce(element_of(from), reduction_of(reduction), from.const_data_ptr(), out.data_ptr(),
+                       static_cast<size_t>(from.numel()));
+  });
+  return out;
+}
+
+Tensor all_gather(const Tensor& x, int64_t world_size, std::string_view group) {
+  const Tensor from = x.contiguous();
+  auto sizes = from.sizes().vec();
+  sizes.insert(sizes.begin(), world_size);
+  Tensor out = at::empty(sizes, from.options());
+  const auto shared = find(std::string(group));
+  TORCH_CHECK(shared->size() == world_size, "group ", group, " has ", shared->size(), " ranks, not ", world_size);
+  run([&] { shared->all_gather(from.const_data_ptr(), out.data_ptr(), from.nbytes()); });
+  return out;
+}
+
+void broadcast_(Tensor& x, int64_t source, std::string_view group) {
+  TORCH_CHECK(x.is_contiguous(), "broadcast_ wants a contiguous tensor");
+  const auto shared = find(std::string(group));
+  run([&] { shared->broadcast(x.data_ptr(), x.nbytes(), static_cast<int>(source)); });
+}
+
+void attach(std::string_view group, int64_t rank, const std::vector<std::string>& paths,
+            const std::vector<int64_t>& pids, double timeout_s) {
+  std::shared_ptr<Group> made;
+  try {
+    made = std::make_shared<Group>(static_cast<int>(rank), paths, pids, timeout_s);
+  } catch (const std::runtime_error& error) {
+    TORCH_CHECK(false, error.what());
+  }
+  const std::lock_guard<std::mutex> guard(registry_mutex);
+  registry()[std::string(group)] = std::move(made);
+}
+
+void detach(std::string_view group) {
+  const std::lock_guard<std::mutex> guard(registry_mutex);
+  registry().erase(std::string(group));
+}
+
+void set_timeout(std::string_view group, double timeout_s) { find(std::string(group))->set_timeout(timeout_s); }
+
+void set_two_shot_bytes(std::string_view group, int64_t bytes) {
+  find(std::string(group))->set_two_shot_bytes(static_cast<size_t>(bytes));
+}
+
+int64_t file_bytes(int64_t slot_bytes) {
+  return static_cast<int64_t>(Group::file_bytes(static_cast<size_t>(slot_bytes)));
+}
+
+}  // namespace
+
+TORCH_LIBRARY(tp_shm, m) {
+  m.def("all_reduce(Tensor x, str reduction, str group) -> Tensor", {at::Tag::pt2_compliant_tag});
+  m.def("all_gather(Tensor x, int world_size, str group) -> Tensor", {at::Tag::pt2_compliant_tag});
+  m.def("broadcast_(Tensor(a!) x, int source, str group) -> ()", {at::Tag::pt2_compliant_tag});
+  m.def("attach(str group, int rank, str[] paths, int[] pids, float timeout_s) -> ()", &attach);
+  m.def("detach(str group) -> ()", &detach);
+  m.def("set_timeout(str group, float timeout_s) -> ()", &set_timeout);
+  m.def("set_two_shot_bytes(str group, int bytes) -> ()", &set_two_shot_bytes);
+  m.def("file_bytes(int slot_bytes) -> int", &file_bytes);
+}
+
+TORCH_LIBRARY_IMPL(tp_shm, CPU, m) {
+  m.impl("all_reduce", &all_reduce);
+  m.impl("all_gather", &all_gather);
+  m.impl("broadcast_", &broadcast_);
+}
+
+}  // namespace tp

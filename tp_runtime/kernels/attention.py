@@ -1,0 +1,118 @@
+"""Attention over a cache of blocks, and writing into it, as custom ops.
+
+A cache is [num_blocks, num_kv_heads, block_size, head_dim]; a row (request) owns the blocks its line of
+the block table names, in order. Decode, chunked prefill and verification are one op: row r brings
+queries query_start[r] .. query_start[r+1]-1, its last of context_lens[r] cached tokens.
+
+The C++ kernels read the blocks where they lie; rows of more than 16 queries are gathered for torch's flash
+attention, which is compute-bound there. The reference gathers every row's. Legend: T tokens, R rows, H heads,
+D head_dim, B blocks a row.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .cpu import build
+
+_LANES = 16  # the C++ kernels' vector; head_dim is a multiple of it
+
+
+@torch.compiler.assume_constant_result
+def _available() -> bool:
+    return build.available()
+
+
+def _native(q_THD: Tensor, backend: str) -> bool:
+    assert backend in ("auto", "reference"), f"backend {backend!r} is neither auto nor reference"
+    if backend == "reference" or q_THD.device.type != "cpu" or q_THD.shape[-1] % _LANES:
+        return False
+    return _available()
+
+
+@torch.library.custom_op("tp_runtime::cache_write_reference", mutates_args=("k_cache", "v_cache"))
+def _cache_write_reference(
+    k_THD: Tensor, v_THD: Tensor, k_cache: Tensor, v_cache: Tensor, slots_T: Tensor
+) -> None:
+    reference.write_cache(k_THD, v_THD, k_cache, v_cache, slots_T)
+
+
+@_cache_write_reference.register_fake
+def _(k_THD: Tensor, v_THD: Tensor, k_cache: Tensor, v_cache: Tensor, slots_T: Tensor) -> None:
+    return None
+
+
+@torch.library.custom_op("tp_runtime::paged_attention_reference", mutates_args=())
+def _paged_attention_reference(
+    q_THD: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table_RB: Tensor,
+    query_start_R1: Tensor,
+    context_lens_R: Tensor,
+    scale: float,
+    window: int,
+) -> Tensor:
+    return reference.attend_paged(
+        q_THD, k_cache, v_cache, block_table_RB, query_start_R1, context_lens_R, scale, window
+    )
+
+
+@_paged_attention_reference.register_fake
+def _(
+    q_THD: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table_RB: Tensor,
+    query_start_R1: Tensor,
+    context_lens_R: Tensor,
+    scale: float,
+    window: int,
+) -> Tensor:
+    return torch.empty_like(q_THD, memory_format=torch.contiguous_format)
+
+
+def cache_write(
+    k_THD: Tensor,
+    v_THD: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots_T: Tensor,
+    *,
+    backend: str = "auto",
+) -> None:
+    """Write each token's key and value into the caches, in place.
+
+    k_THD, v_THD: [T, num_kv_heads, D]. k_cache, v_cache: [num_blocks, num_kv_heads, block_size, D].
+    slots_T: int32 or int64, block * block_size + offset; where two tokens name one slot, either may win.
+    backend: "auto" or "reference".
+    """
+    if _native(k_THD, backend):
+        torch.ops.tp_cpu.cache_write(k_THD, v_THD, k_cache, v_cache, slots_T)
+    else:
+        _cache_write_reference(k_THD, v_THD, k_cache, v_cache, slots_T)
+
+
+def paged_attention(
+    q_THD: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table_RB: Tensor,
+    query_start_R1: Tensor,
+    context_lens_R: Tensor,
+    scale: float,
+    window: int = 0,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """Causal attention of every row's queries over its cached tokens: [T, H, D] in q's dtype.
+
+    q_THD: fp32, bf16 or fp16; H is a multiple of the cache's heads. block_table_RB, query_start_R1,
+    context_lens_R: int32. A row's i-th query sits at position context_len - query_len + i and sees the
+    positions up to its own, the last `window` of them (0: all). Rows without queries are skipped, and
+    tokens beyond query_start[-1] are padding: their output is zero.
+    """
+    op = torch.ops.tp_cpu.paged_attention if _native(q_THD, backend) else _paged_attention_reference
+    return op(q_THD, k_cache, v_cache, block_table_RB, query_start_R1, context_lens_R, scale, window)

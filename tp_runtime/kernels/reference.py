@@ -1,0 +1,96 @@
+"""Slow and obvious twins of the kernels, in plain PyTorch: what every fast path is tested against.
+
+Legend: N output rows, K input columns, G groups; T tokens, R rows (requests), H query heads,
+B cached blocks a row (at most), S cached tokens, D head_dim.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def unpack_nibbles(q: Tensor, k: int) -> Tensor:
+    """uint8 [N, ceil(k/2)] -> uint8 [N, k] in 0..15: column 2j is the low nibble of byte j, 2j+1 the high."""
+    return torch.stack((q & 15, q >> 4), dim=-1).flatten(-2)[:, :k]
+
+
+def dequantize(
+    q: Tensor, scale: Tensor, offset: Tensor | None, *, bits: int, group_size: int, head: int, k: int
+) -> Tensor:
+    """The fp32 weight [N, k] that a canonical quantised weight stands for.
+
+    q: int8 [N, k] or, with bits=4, uint8 [N, ceil(k/2)]. scale: [N] (group_size 0) or [N, G].
+    offset: like scale, or None. head: columns of the first group that lie left of column 0.
+    """
+    w_NK = (q if bits == 8 else unpack_nibbles(q, k)).float()
+    if bits == 4 and offset is None:
+        w_NK = w_NK - 8
+    if group_size == 0:
+        return w_NK * scale.float().unsqueeze(1)
+    group_of_K = (torch.arange(k, device=q.device) + head) // group_size
+    w_NK = w_NK * scale.float()[:, group_of_K]
+    return w_NK if offset is None else w_NK + offset.float()[:, group_of_K]
+
+
+def write_cache(k_THD: Tensor, v_THD: Tensor, k_cache: Tensor, v_cache: Tensor, slots_T: Tensor) -> None:
+    """Put token t's key and value at slot slots_T[t] (block * block_size + offset) of the caches."""
+    block, place = slots_T // k_cache.shape[2], slots_T % k_cache.shape[2]
+    k_cache[block, :, place] = k_THD.to(k_cache.dtype)
+    v_cache[block, :, place] = v_THD.to(v_cache.dtype)
+
+
+def _attend_row(q_THD: Tensor, k_HSD: Tensor, v_HSD: Tensor, scale: float, window: int) -> Tensor:
+    """One row: its T queries are the last T of the S positions. Returns [T, H, D]."""
+    queries, context = q_THD.shape[0], k_HSD.shape[1]
+    default_scale = math.isclose(scale * math.sqrt(q_THD.shape[2]), 1.0, rel_tol=1e-9)
+    # The same call as the plain model's for a whole prompt, so that its logits agree bit for bit.
+    plain = queries == context and (window == 0 or context <= window)
+    mask_TS = None
+    if not plain:
+        position_T = torch.arange(context - queries, context, device=q_THD.device).unsqueeze(1)
+        position_S = torch.arange(context, device=q_THD.device).unsqueeze(0)
+        mask_TS = position_S <= position_T
+        if window:
+            mask_TS &= position_S > position_T - window
+    y_1HTD = F.scaled_dot_product_attention(
+        q_THD.transpose(0, 1).unsqueeze(0),
+        k_HSD.unsqueeze(0),
+        v_HSD.unsqueeze(0),
+        attn_mask=mask_TS,
+        is_causal=plain,
+        scale=None if default_scale else scale,
+        enable_gqa=True,
+    )
+    return y_1HTD.squeeze(0).transpose(0, 1)
+
+
+def attend_paged(
+    q_THD: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table_RB: Tensor,
+    query_start_R1: Tensor,
+    context_lens_R: Tensor,
+    scale: float,
+    window: int,
+) -> Tensor:
+    """Causal attention of each row's queries over its cached tokens; see attention.paged_attention."""
+    out_THD = torch.zeros_like(q_THD, memory_format=torch.contiguous_format)
+    block_size = k_cache.shape[2]
+    starts, contexts = query_start_R1.tolist(), context_lens_R.tolist()
+    for row, context in enumerate(contexts):
+        start, stop = starts[row], starts[row + 1]
+        if stop <= start:
+            continue
+        blocks = block_table_RB[row, : -(-context // block_size)].long()
+        # [blocks, heads, block_size, D] -> [heads, S, D]
+        k_HSD, v_HSD = (
+            cache[blocks].transpose(0, 1).flatten(1, 2)[:, :context].to(q_THD.dtype)
+            for cache in (k_cache, v_cache)
+        )
+        out_THD[start:stop] = _attend_row(q_THD[start:stop], k_HSD, v_HSD, scale, window)
+    return out_THD
