@@ -38,6 +38,7 @@ def smollm2_reference(smollm2_gguf: Path) -> Reference:
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32).eval()
     prompts = tuple(tuple(tokenizer.encode(text)) for text in PROMPTS)
     answers = []
+    torch.set_num_threads(1)  # two, on a busy machine of two cores, spend their time waiting for each other
     with torch.inference_mode():
         for ids in prompts:
             past, step, found = None, torch.tensor([ids]), []

@@ -83,7 +83,7 @@ def build_runner(source: ModelSource, config: EngineConfig, mesh: DeviceMesh, de
     """
     dtype = pick_dtype(config, device)
     if config.dtype is None:
-        once(f"computing in {dtype}, which this {device} does fastest; --dtype says otherwise", logging.INFO)
+        once(f"computing in {dtype}, which this {device} has; --dtype changes it", logging.INFO)
     compile = config.compile and has_compiler()
     if config.compile and not compile:
         once(

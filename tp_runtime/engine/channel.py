@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from ..collectives import broadcast_
+from ..errors import CollectiveError
 
 INLINE = 1022
 
@@ -86,8 +87,11 @@ class Channel:
     def _keep_alive(self) -> None:
         while not self._stop.is_set():
             if not self._sent.wait(self._idle_s) and not self._stop.is_set():
-                with self._lock:
-                    self._send(Operation.IDLE, np.empty(0, np.int32))
+                try:
+                    with self._lock:
+                        self._send(Operation.IDLE, np.empty(0, np.int32))
+                except CollectiveError:
+                    return  # the others have left; the next step says so where it matters
             self._sent.clear()
 
     def close(self) -> None:
