@@ -1,4 +1,4 @@
 """Shipped configurations: models/*.toml (shapes)."""
 
 if __name__ != "tp_runtime.configs":
-    raise ImportError("import tp_runtime.configs: the folder configs/ is part of that package, not a top-level one")
+    raise ImportError("import tp_runtime.configs: the folder configs/ is part of that package")

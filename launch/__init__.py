@@ -2,5 +2,5 @@
 
 if __name__ != "tp_runtime.launch":
     raise ImportError(
-        "import tp_runtime.launch: the folder launch/ is part of that package, not a top-level one"
+        "import tp_runtime.launch: the folder launch/ is part of that package"
     )

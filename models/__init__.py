@@ -2,5 +2,5 @@
 
 if __name__ != "tp_runtime.models":
     raise ImportError(
-        "import tp_runtime.models: the folder models/ is part of that package, not a top-level one"
+        "import tp_runtime.models: the folder models/ is part of that package"
     )

@@ -2,5 +2,5 @@
 
 if __name__ != "tp_runtime.quant":
     raise ImportError(
-        "import tp_runtime.quant: the folder quant/ is part of that package, not a top-level one"
+        "import tp_runtime.quant: the folder quant/ is part of that package"
     )

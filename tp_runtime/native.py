@@ -51,7 +51,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Library:
-    """A C++ library. name: file name stem. sources: compiled, in order. headers: what else its digest covers."""
+    """A C++ library. name: file name stem. sources: compiled. headers: what else its digest covers."""
 
     name: str
     sources: tuple[Source, ...]

@@ -1,4 +1,4 @@
-"""Messages from rank 0 arrive whole and in order; while it is silent the others stay patient, not for ever."""
+"""Messages from rank 0 arrive whole and in order; while it is silent the others stay patient."""
 
 from __future__ import annotations
 

@@ -153,7 +153,8 @@ def test_plan_needs_no_weights_and_no_torch(tmp_path: Path) -> None:
     assert document["weight_bytes_per_token"] == sum(
         n * k + 4 * n
         for n, k in [(128256, 8192)] + 80 * [
-            (8192, 8192), (1024, 8192), (1024, 8192), (8192, 8192), (28672, 8192), (28672, 8192), (8192, 28672)
+            (8192, 8192), (1024, 8192), (1024, 8192), (8192, 8192),
+            (28672, 8192), (28672, 8192), (8192, 28672),
         ]
     )  # fmt: skip
     code = (

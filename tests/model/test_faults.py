@@ -1,4 +1,4 @@
-"""A rank of the real engine is killed or stopped, while loading and while answering: the job ends in seconds."""
+"""A rank of the real engine is killed or stopped, loading or answering: the job ends in seconds."""
 
 from __future__ import annotations
 

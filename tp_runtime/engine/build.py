@@ -87,7 +87,7 @@ def build_runner(source: ModelSource, config: EngineConfig, mesh: DeviceMesh, de
     compile = config.compile and has_compiler()
     if config.compile and not compile:
         once(
-            "no C++ compiler was found (g++, clang++), so the step is not compiled; install one, or --no-compile"
+            "no C++ compiler is found, so the step is not compiled; install g++, or say --no-compile"
         )
     if config.threads is not None:
         torch.set_num_threads(min(config.threads, torch.get_num_threads()))

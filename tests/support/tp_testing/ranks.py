@@ -37,9 +37,17 @@ def _load(path: str) -> ModuleType:
 
 
 def _rank_main(
-    pipe: Connection, where: tuple[str, str], args: tuple[Any, ...], rank: int, world: int, store: str, limit: float
+    pipe: Connection,
+    where: tuple[str, str],
+    args: tuple[Any, ...],
+    rank: int,
+    world: int,
+    store: str,
+    limit: float,
 ) -> None:
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world))
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world)
+    )
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     try:
         from datetime import timedelta
@@ -49,7 +57,11 @@ def _rank_main(
 
         torch.set_num_threads(1)
         dist.init_process_group(
-            "gloo", store=dist.FileStore(store, world), rank=rank, world_size=world, timeout=timedelta(seconds=limit)
+            "gloo",
+            store=dist.FileStore(store, world),
+            rank=rank,
+            world_size=world,
+            timeout=timedelta(seconds=limit),
         )
         path, name = where
         result = getattr(_load(path), name)(*args)
@@ -84,9 +96,13 @@ def run_ranks(world: int, fn: Callable[..., Any], *args: Any, timeout: float = 1
         deadline = time.monotonic() + timeout
         try:
             while len(results) < world and not failures:
-                ready = wait([p for r, p in enumerate(pipes) if r not in results], deadline - time.monotonic())
+                ready = wait(
+                    [p for r, p in enumerate(pipes) if r not in results], deadline - time.monotonic()
+                )
                 if not ready:
-                    failures[-1] = f"no answer within {timeout} s from ranks {sorted(set(range(world)) - set(results))}"
+                    failures[-1] = (
+                        f"no answer within {timeout} s from ranks {sorted(set(range(world)) - set(results))}"
+                    )
                 for pipe in ready:
                     rank = pipes.index(pipe)  # type: ignore[arg-type]
                     try:

@@ -25,7 +25,8 @@ def test_defaults() -> None:
 
 
 def test_every_setting_has_a_flag() -> None:
-    words = "--model m --weights w --random-weights --layers 2 --dtype fp32 --quant int4 --int4-asym --head-quant none"
+    words = "--model m --weights w --random-weights --layers 2 --dtype fp32 --quant int4 --int4-asym"
+    words += " --head-quant none"
     words += " --cache-dtype bf16 --device cpu --kernels reference --no-compile --context 64 --max-batch 2"
     words += " --cache-bytes 4096 --prefill-chunk 16 --threads 1 --collective-timeout 5 --load-timeout 7"
     words += (
@@ -67,7 +68,8 @@ def test_a_bad_file(content: str, says: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "words",
     [
-        "--quant int5", "--context 0", "--layers -1", "--temperature nan", "--top-p 0", "--top-k -1", "--min-p 2",
+        "--quant int5", "--context 0", "--layers -1", "--temperature nan", "--top-p 0", "--top-k -1",
+        "--min-p 2",
         "--seed -1", "--repetition-penalty 0", "--max-new-tokens 0", "--collective-timeout 0", "--quan int8",
         "--device tpu", "--kernels fast", "--config /none.toml", "--threads 0", "--logprobs -1",
     ],
