@@ -11,7 +11,7 @@ import contextlib
 import weakref
 from collections.abc import Iterator
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -29,10 +29,14 @@ _DEFAULT_TIMEOUT_S = 600.0
 _attached: dict[str, tuple[weakref.ref[Any], bool]] = {}
 
 
+def _group_named(name: str) -> dist.ProcessGroup:
+    return _resolve_process_group(cast(Any, name))  # a type of its own in some torch releases, str in others
+
+
 @torch.library.custom_op("tp_runtime::all_reduce", mutates_args=())
 def _all_reduce(x: Tensor, reduction: str, group: str) -> Tensor:
     out = x.contiguous().clone()
-    dist.all_reduce(out, op=_REDUCTIONS[reduction], group=_resolve_process_group(group))
+    dist.all_reduce(out, op=_REDUCTIONS[reduction], group=_group_named(group))
     return out
 
 
@@ -44,7 +48,7 @@ def _(x: Tensor, reduction: str, group: str) -> Tensor:
 @torch.library.custom_op("tp_runtime::all_gather", mutates_args=())
 def _all_gather(x: Tensor, world_size: int, group: str) -> Tensor:
     out = x.new_empty((world_size, *x.shape))
-    dist.all_gather(list(out.unbind(0)), x.contiguous(), group=_resolve_process_group(group))
+    dist.all_gather(list(out.unbind(0)), x.contiguous(), group=_group_named(group))
     return out
 
 
@@ -109,7 +113,7 @@ def _has_cpu_backend(group: dist.ProcessGroup) -> bool:
 # name, because tracing shows a stand-in for the group.
 @torch.compiler.assume_constant_result
 def _in_shm(group_name: str) -> bool:
-    group = _resolve_process_group(group_name)
+    group = _group_named(group_name)
     known = _attached.get(group_name)
     if known is None or known[0]() is not group:
         attach(group)

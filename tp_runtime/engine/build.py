@@ -86,9 +86,7 @@ def build_runner(source: ModelSource, config: EngineConfig, mesh: DeviceMesh, de
         once(f"computing in {dtype}, which this {device} has; --dtype changes it", logging.INFO)
     compile = config.compile and has_compiler()
     if config.compile and not compile:
-        once(
-            "no C++ compiler is found, so the step is not compiled; install g++, or say --no-compile"
-        )
+        once("no C++ compiler is found, so the step is not compiled; install g++, or say --no-compile")
     if config.threads is not None:
         torch.set_num_threads(min(config.threads, torch.get_num_threads()))
     world = meshes.tp_size(mesh)

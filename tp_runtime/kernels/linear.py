@@ -11,6 +11,7 @@ Kinds: "cpu" (C++, cpu/), "aten_int8" and "aten_int4" (torch's own, where no com
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -122,7 +123,7 @@ def prepare(
     assert backend in ("auto", "reference"), f"backend {backend!r} is neither auto nor reference"
     assert bits in (4, 8), f"{bits} bits a weight are not supported"
     assert tuple(q.shape) == (n, k if bits == 8 else (k + 1) // 2), f"q is {tuple(q.shape)} for [{n}, {k}]"
-    shape = {"n": n, "k": k, "bits": bits, "group_size": group_size, "head": head}
+    shape: dict[str, Any] = {"n": n, "k": k, "bits": bits, "group_size": group_size, "head": head}
     kind = "reference"
     if backend == "auto":
         kind = _native_kind(q, bits=bits, group_size=group_size) or _aten_kind(
