@@ -1,4 +1,4 @@
-"""Fake implementations of the shared-memory ops, for torch.compile. Imported once the ops exist."""
+"""Fake implementations of the shared-memory ops, for torch.compile."""
 
 from __future__ import annotations
 
@@ -6,16 +6,20 @@ import torch
 from torch import Tensor
 
 
-@torch.library.register_fake("tp_shm::all_reduce")
-def _(x: Tensor, reduction: str, group: str) -> Tensor:
+def _all_reduce(x: Tensor, reduction: str, group: str) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@torch.library.register_fake("tp_shm::all_gather")
-def _(x: Tensor, world_size: int, group: str) -> Tensor:
+def _all_gather(x: Tensor, world_size: int, group: str) -> Tensor:
     return x.new_empty((world_size, *x.shape))
 
 
-@torch.library.register_fake("tp_shm::broadcast_")
-def _(x: Tensor, source: int, group: str) -> None:
+def _broadcast(x: Tensor, source: int, group: str) -> None:
     return None
+
+
+def register() -> None:
+    """Tell torch about them. The library that defines the ops must be loaded."""
+    torch.library.register_fake("tp_shm::all_reduce", _all_reduce)
+    torch.library.register_fake("tp_shm::all_gather", _all_gather)
+    torch.library.register_fake("tp_shm::broadcast_", _broadcast)

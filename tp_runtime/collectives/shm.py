@@ -24,6 +24,7 @@ import torch.distributed as dist
 from .. import env, native
 from ..errors import ConfigError, KernelBuildError
 from ..log import once
+from . import fakes
 
 SLOT_BYTES = 1 << 20
 _ROOT = Path("/dev/shm")
@@ -56,7 +57,7 @@ def _load() -> None:
     folder = Path(__file__).parent / "src"
     sources = tuple(native.Source(folder / name) for name in _SOURCES)
     native.load(native.Library("tp_shm", sources, tuple(sorted(folder.glob("*.h")))))
-    from . import fakes  # noqa: F401  (needs the ops to exist)
+    fakes.register()
 
 
 def wanted() -> bool:

@@ -53,6 +53,8 @@ class Launch:
                 cwd=folder,
                 env={**inherited, "TMPDIR": str(self.temporary), **variables},
                 start_new_session=True,
+                # A test run in the background of a shell ignores Ctrl-C, and so would the launcher.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
         self._started = time.monotonic()
 

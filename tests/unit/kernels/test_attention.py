@@ -138,7 +138,10 @@ def test_cache_write_like_the_twin(cache_dtype: torch.dtype) -> None:
     slots = torch.tensor([0, 5, 9, 8, 31, 17, 3])
     caches = {}
     for backend in ("auto", "reference"):
-        keys, values = torch.zeros(4, 2, 8, 16, dtype=cache_dtype), torch.zeros(4, 2, 8, 16, dtype=cache_dtype)
+        keys, values = (
+            torch.zeros(4, 2, 8, 16, dtype=cache_dtype),
+            torch.zeros(4, 2, 8, 16, dtype=cache_dtype),
+        )
         cache_write(qkv[:, 4:6], qkv[:, 6:], keys, values, slots, backend=backend)
         caches[backend] = (keys, values)
     for fast, slow in zip(caches["auto"], caches["reference"], strict=True):
@@ -183,11 +186,16 @@ def test_impossible_steps_are_refused() -> None:
     with pytest.raises(RuntimeError, match="row 0 has 2 queries and a context of 100"):
         step.attend(case)
     with pytest.raises(RuntimeError, match="outside the cache"):
-        cache_write(torch.zeros(1, 2, 16), torch.zeros(1, 2, 16), step.keys, step.values, torch.tensor([9999]))
+        cache_write(
+            torch.zeros(1, 2, 16), torch.zeros(1, 2, 16), step.keys, step.values, torch.tensor([9999])
+        )
 
 
 def test_avx2_like_the_twin() -> None:
-    nodes = [f"{__file__}::test_like_the_twin", f"{__file__}::test_batch_mates_queries_and_threads_change_no_bit"]
+    nodes = [
+        f"{__file__}::test_like_the_twin",
+        f"{__file__}::test_batch_mates_queries_and_threads_change_no_bit",
+    ]
     command = [sys.executable, "-m", "pytest", "-q", "--import-mode=importlib", *nodes]
     environ = os.environ | {"TP_CPU_ISA": "avx2"}
     done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=300)

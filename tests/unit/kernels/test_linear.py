@@ -110,7 +110,9 @@ def test_plain_weights_like_torch(shape: tuple[int, int], dtype: torch.dtype) ->
         for rows in ROWS:
             x = torch.randn(rows, shape[1], generator=torch.Generator().manual_seed(rows)).to(x_dtype)
             expected = torch.nn.functional.linear(x.float(), w.float()).to(x_dtype)
-            _compare(f"{shape} {dtype} {rows} rows", weight_only_linear(x, prepared), expected, TOLERANCE[x_dtype])
+            _compare(
+                f"{shape} {dtype} {rows} rows", weight_only_linear(x, prepared), expected, TOLERANCE[x_dtype]
+            )
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -164,7 +166,9 @@ def test_strided_and_empty_inputs() -> None:
     case = Case(4, 32, 0, 48, 64)
     fast = case.weights("auto")
     x = torch.randn(3, 5, 128)
-    assert torch.equal(weight_only_linear(x[..., :64], fast), weight_only_linear(x[..., :64].contiguous(), fast))
+    assert torch.equal(
+        weight_only_linear(x[..., :64], fast), weight_only_linear(x[..., :64].contiguous(), fast)
+    )
     assert weight_only_linear(x[:0, :, :64], fast).shape == (0, 5, 48)
 
 

@@ -11,6 +11,7 @@ import torch
 from ... import env, native
 from ...errors import ConfigError, KernelBuildError
 from ...log import once
+from . import ops
 
 _ISAS = ("avx2", "avx512", "amx")
 _FOLDER = Path(__file__).parent / "src"
@@ -51,8 +52,7 @@ def load() -> None:
     if wanted is not None and wanted not in _ISAS:
         raise ConfigError(f"TP_CPU_ISA={wanted!r} is not known; use one of {', '.join(_ISAS)}")
     native.load(_library())
-    from . import ops  # noqa: F401  (fake implementations; needs the ops to exist)
-
+    ops.register_fakes()
     if wanted is not None:
         torch.ops.tp_cpu.limit_isa(wanted)
     found = torch.ops.tp_cpu.isa()

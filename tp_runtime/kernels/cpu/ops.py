@@ -1,4 +1,4 @@
-"""Fake implementations of the C++ ops, for torch.compile. Imported by build.load() once the ops exist."""
+"""Fake implementations of the C++ ops, for torch.compile."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 
-@torch.library.register_fake("tp_cpu::linear")
-def _(
+def _linear(
     x: Tensor,
     packed: Tensor,
     channel_scale: Tensor | None,
@@ -22,8 +21,7 @@ def _(
     return x.new_empty((*x.shape[:-1], n // 2 if gated else n))
 
 
-@torch.library.register_fake("tp_cpu::paged_attention")
-def _(
+def _paged_attention(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
@@ -36,6 +34,12 @@ def _(
     return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
-@torch.library.register_fake("tp_cpu::cache_write")
-def _(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
+def _cache_write(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
     return None
+
+
+def register_fakes() -> None:
+    """Tell torch about them. The library that defines the ops must be loaded."""
+    torch.library.register_fake("tp_cpu::linear", _linear)
+    torch.library.register_fake("tp_cpu::paged_attention", _paged_attention)
+    torch.library.register_fake("tp_cpu::cache_write", _cache_write)
