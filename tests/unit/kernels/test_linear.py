@@ -150,7 +150,7 @@ def test_awkward_activations() -> None:
     fast, slow = case.weights("auto"), case.weights("reference")
     x = torch.randn(6, 96)
     x[0] = 0
-    x[1] *= 1e-30
+    x[1] *= 1e-28
     x[2] *= 1e30
     x[3, 5] = 1e4  # one outlier in its slice of 32
     for dtype, tolerance in ((torch.float32, 2e-6), (torch.bfloat16, 2**-7)):
