@@ -24,6 +24,7 @@ _SOURCES = (
     ("attention_ops.cpp", ()),
     ("host_ops.cpp", ()),
     ("memory.cpp", ()),
+    ("many_rows_amx.cpp", _AMX),
     ("linear_avx512.cpp", _AVX512),
     ("linear_avx2.cpp", _AVX2),
     ("attention_avx512.cpp", _AVX512),

@@ -47,11 +47,27 @@ struct Output {
   bool gated = false;  // the weight is gate over up: write silu(gate) * up, n / 2 columns
 };
 
+// The blocks [begin, end) of the output (gated: of its first half) that one thread does. They are cut into as
+// many runs of neighbours as there are streams, and a pass takes one block of each run, so that each stream is
+// sequential from the first pass to the last; what is left over goes in one more pass of fewer streams.
+// Gated: half as many runs, each with its gate and its up stream.
+struct Share {
+  int64_t begin = 0, end = 0;
+  int runs = kMaxStreams;
+
+  int64_t whole_passes() const { return (end - begin) / runs; }
+  int64_t passes() const { return (end - begin + runs - 1) / runs; }
+};
+
+// How finely activations can be prepared: by groups of columns, or by slices where there are none.
+inline int64_t units_of(const WeightShape& shape) { return shape.grouped() ? shape.groups() : shape.slices(); }
+
 struct LinearKernels {
-  void (*prepare)(const WeightShape& shape, const Input& input, Activations& out);
-  // Blocks [begin, end) of the output; gated: of its first half.
+  // Units [begin, end) of the activations.
+  void (*prepare)(const WeightShape& shape, const Input& input, const Activations& out, int64_t begin, int64_t end);
+  // Pass `pass` of a thread's share.
   void (*run)(const WeightShape& shape, const uint8_t* weight, const Activations& x, const Output& out,
-              int64_t begin, int64_t end);
+              const Share& share, int64_t pass);
 };
 
 extern const LinearKernels linear_avx512, linear_avx2;

@@ -21,85 +21,94 @@ inline void prefetch(const uint8_t* from) {
 
 // ---- activations ----------------------------------------------------------------------------------
 
-// Elements [col, col + 32) of a row as fp32, zero outside [0, k).
-void read_slice(const Input& input, int64_t row, int64_t col, int64_t k, float* out) {
+// 32 columns of one row.
+struct SliceValues {
+  Floats a, b;
+};
+
+// Elements [col, col + 32) of a row at the edge of the input, zero outside [0, k).
+SliceValues read_edge(const Input& input, int64_t base, int64_t col, int64_t k) {
+  alignas(64) float values[kSliceCols] = {};
   const int64_t first = col < 0 ? -col : 0, last = k - col < kSliceCols ? k - col : kSliceCols;
+  for (int64_t i = first; i < last; ++i) {
+    switch (input.dtype) {
+      case Dtype::kFloat32: values[i] = static_cast<const float*>(input.x)[base + i]; break;
+      case Dtype::kBfloat16: values[i] = from_bf16(static_cast<const uint16_t*>(input.x)[base + i]); break;
+      case Dtype::kFloat16: values[i] = _cvtsh_ss(static_cast<const uint16_t*>(input.x)[base + i]); break;
+    }
+  }
+  return {load(values), load(values + 16)};
+}
+
+inline SliceValues read_slice(const Input& input, int64_t row, int64_t col, int64_t k) {
   const int64_t base = row * input.stride + col;
-  if (first > 0 || last < kSliceCols) std::memset(out, 0, kSliceCols * sizeof(float));
+  if (col < 0 || col + kSliceCols > k) return read_edge(input, base, col, k);
   if (input.dtype == Dtype::kFloat32) {
     const float* x = static_cast<const float*>(input.x) + base;
-    for (int64_t i = first; i < last; ++i) out[i] = x[i];
-  } else if (input.dtype == Dtype::kBfloat16) {
-    const uint16_t* x = static_cast<const uint16_t*>(input.x) + base;
-    for (int64_t i = first; i < last; ++i) out[i] = from_bf16(x[i]);
-  } else {
-    const uint16_t* x = static_cast<const uint16_t*>(input.x) + base;
-    for (int64_t i = first; i < last; ++i) out[i] = _cvtsh_ss(x[i]);
+    return {load(x), load(x + 16)};
   }
+  const uint16_t* x = static_cast<const uint16_t*>(input.x) + base;
+  if (input.dtype == Dtype::kBfloat16) return {load_bf16(x), load_bf16(x + 16)};
+  const auto* halves = reinterpret_cast<const uint8_t*>(x);
+  return {load_half(halves), load_half(halves + 32)};
 }
 
-constexpr int32_t kFixedMax = 16383;
-constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest whole number in the low bits
+constexpr float kFixedMax = 16383.0f;
 
-inline int32_t nearest_fixed(float x) {
-  const int32_t whole = static_cast<int32_t>(bits_of(x + kRounder)) - static_cast<int32_t>(bits_of(kRounder));
-  return whole > kFixedMax ? kFixedMax : (whole < -kFixedMax ? -kFixedMax : whole);
+inline Floats nearest_fixed(Floats x) {
+  return largest(smallest(round_to_whole(x), spread(kFixedMax)), spread(-kFixedMax));
 }
 
-// One slice of fp32 -> `terms` slices of fixed point. Infinities and NaN make the scale NaN.
-void to_fixed(const float* x, int terms, int zero_point, const Activations& out, int64_t at) {
-  uint32_t top = 0;
-  for (int i = 0; i < kSliceCols; ++i) {
-    const uint32_t magnitude = bits_of(x[i]) & 0x7fffffffu;
-    top = magnitude > top ? magnitude : top;
-  }
-  uint32_t exponent = top >> 23;
-  const bool finite = exponent < 255;
-  exponent = exponent < 40 ? 40 : (exponent > 254 ? 254 : exponent);
-  const float up = from_bits((267 - exponent) << 23);  // |x| * up < 2^14
-  float rest[kSliceCols];
-  for (int i = 0; i < kSliceCols; ++i) rest[i] = finite ? x[i] * up : 0.0f;
+// One slice -> `terms` slices of fixed point. Infinities and NaN make the scale NaN.
+inline void to_fixed(SliceValues x, int terms, int zero_point, const Activations& out, int64_t at) {
+  const Floats minus = spread(-1.0f);
+  const bool finite = all_finite(x.a) && all_finite(x.b);
+  const Floats top = largest(largest(x.a, mul(x.a, minus)), largest(x.b, mul(x.b, minus)));
+  uint32_t exponent = finite ? bits_of(largest_lane(top)) >> 23 : 127;
+  exponent = exponent < 28 ? 28 : exponent;
+  const Floats up = spread(from_bits((267 - exponent) << 23));  // |x| * up < 2^14
+  SliceValues rest{mul(x.a, up), mul(x.b, up)};
   float scale = finite ? from_bits((exponent - 13) << 23) : from_bits(0x7fc00000u);
   for (int term = 0; term < terms; ++term, ++at) {
-    int32_t fixed[kSliceCols], sum = 0;
-    for (int i = 0; i < kSliceCols; ++i) {
-      fixed[i] = nearest_fixed(rest[i]);
-      sum += fixed[i];
-      rest[i] = (rest[i] - static_cast<float>(fixed[i])) * 16384.0f;
-    }
-    store_fixed(fixed, out.fixed + at * kFixedSliceBytes);
+    const SliceValues fixed{nearest_fixed(rest.a), nearest_fixed(rest.b)};
+    store_fixed(fixed.a, fixed.b, out.fixed + at * kFixedSliceBytes);
+    const float sum = sum_lanes(add(fixed.a, fixed.b));  // exact: below 2^20
     out.scale[at] = scale;
-    out.correction[at] = -zero_point * sum;
-    if (out.slice_sum != nullptr) out.slice_sum[at] = static_cast<float>(sum) * scale;
+    out.correction[at] = -zero_point * static_cast<int32_t>(sum);
+    if (out.slice_sum != nullptr) out.slice_sum[at] = sum * scale;
+    const Floats finer = spread(16384.0f);
+    rest = {mul(add(rest.a, mul(fixed.a, minus)), finer), mul(add(rest.b, mul(fixed.b, minus)), finer)};
     scale *= 1.0f / 16384.0f;
   }
 }
 
-void prepare(const WeightShape& shape, const Input& input, Activations& out) {
+void prepare_slice(const WeightShape& shape, const Input& input, const Activations& out, int64_t slice) {
   const int zero_point = shape.bits == 8 ? 128 : (shape.asymmetric ? 0 : 8);
-  alignas(64) float slice_x[kSliceCols];
-  for (int64_t slice = 0; slice < shape.slices(); ++slice) {
-    for (int64_t row = 0; row < input.rows; ++row) {
-      const int64_t at = slice * out.term_rows + row * out.terms;
-      const int64_t col = slice * kSliceCols - shape.shift();
-      if (shape.bits > 8) {
-        read_slice(input, row, col, shape.k, out.plain + at * kSliceCols);
-      } else {
-        read_slice(input, row, col, shape.k, slice_x);
-        to_fixed(slice_x, out.terms, zero_point, out, at);
-      }
+  for (int64_t row = 0; row < input.rows; ++row) {
+    const int64_t at = slice * out.term_rows + row * out.terms;
+    const SliceValues x = read_slice(input, row, slice * kSliceCols - shape.shift(), shape.k);
+    if (shape.bits > 8) {
+      store(out.plain + at * kSliceCols, x.a);
+      store(out.plain + at * kSliceCols + 16, x.b);
+    } else {
+      to_fixed(x, out.terms, zero_point, out, at);
     }
   }
-  if (out.slice_sum == nullptr) return;
-  const float* slice_sum = out.slice_sum;
-  for (int64_t group = 0; group < shape.groups(); ++group) {
-    const int64_t count = shape.group_slices(group);
-    for (int m = 0; m < out.term_rows; ++m) {
+}
+
+void prepare(const WeightShape& shape, const Input& input, const Activations& out, int64_t begin, int64_t end) {
+  if (!shape.grouped()) {
+    for (int64_t slice = begin; slice < end; ++slice) prepare_slice(shape, input, out, slice);
+    return;
+  }
+  for (int64_t group = begin; group < end; ++group) {
+    const int64_t first = shape.first_slice(group), count = shape.group_slices(group);
+    for (int64_t i = 0; i < count; ++i) prepare_slice(shape, input, out, first + i);
+    for (int m = 0; out.group_sum != nullptr && m < out.term_rows; ++m) {
       float sum = 0;
-      for (int64_t i = 0; i < count; ++i) sum += slice_sum[i * out.term_rows + m];
+      for (int64_t i = 0; i < count; ++i) sum += out.slice_sum[(first + i) * out.term_rows + m];
       out.group_sum[group * out.term_rows + m] = sum;
     }
-    slice_sum += count * out.term_rows;
   }
 }
 
@@ -255,15 +264,18 @@ void plain_pass(const WeightShape& shape, const Activations& x, const uint8_t* c
 
 // ---- outputs --------------------------------------------------------------------------------------
 
-void store_row(const Output& out, int64_t row, int64_t col, int64_t count, const float* x) {
-  const int64_t at = row * out.stride + col;
-  if (out.dtype == Dtype::kFloat32) {
-    for (int64_t i = 0; i < count; ++i) static_cast<float*>(out.y)[at + i] = x[i];
-  } else if (out.dtype == Dtype::kBfloat16) {
-    for (int64_t i = 0; i < count; ++i) static_cast<uint16_t*>(out.y)[at + i] = to_bf16(x[i]);
-  } else {
-    for (int64_t i = 0; i < count; ++i) static_cast<uint16_t*>(out.y)[at + i] = _cvtss_sh(x[i], 0);
+// Lanes [0, count) to the output's columns from `col` on.
+inline void store_row(const Output& out, int64_t row, int64_t col, int64_t count, Floats y) {
+  const int64_t width = out.dtype == Dtype::kFloat32 ? 4 : 2;
+  auto* to = static_cast<uint8_t*>(out.y) + (row * out.stride + col) * width;
+  alignas(64) uint8_t edge[kBlockRows * 4];
+  uint8_t* target = count == kBlockRows ? to : edge;
+  switch (out.dtype) {
+    case Dtype::kFloat32: store(reinterpret_cast<float*>(target), y); break;
+    case Dtype::kBfloat16: store_bf16(reinterpret_cast<uint16_t*>(target), y); break;
+    case Dtype::kFloat16: store_half(reinterpret_cast<uint16_t*>(target), y); break;
   }
+  if (target == edge) std::memcpy(to, edge, count * width);
 }
 
 // Output row `row` of one block: terms added, channel scale applied.
@@ -298,56 +310,42 @@ Pass choose_pass(const WeightShape& shape, int term_rows) {
 }
 
 void finish_plain(const WeightShape& shape, const Activations& x, const Output& out, int64_t block, const Sums& sums) {
-  alignas(64) float y[kBlockRows];
   const int64_t col = block * kBlockRows, left = shape.n - col;
   for (int64_t row = 0; row < out.rows; ++row) {
-    store(y, finished(out, block, sums, row, x.terms));
-    store_row(out, row, col, left < kBlockRows ? left : kBlockRows, y);
+    store_row(out, row, col, left < kBlockRows ? left : kBlockRows, finished(out, block, sums, row, x.terms));
   }
 }
 
 void finish_gated(const WeightShape& shape, const Activations& x, const Output& out, int64_t block, const Sums& gate,
                   const Sums& up) {
-  alignas(64) float y[kBlockRows];
   const int64_t col = block * kBlockRows;
   for (int64_t row = 0; row < out.rows; ++row) {
     const Floats g = finished(out, block, gate, row, x.terms);
-    store(y, mul(silu(g), finished(out, block + shape.blocks() / 2, up, row, x.terms)));
-    store_row(out, row, col, kBlockRows, y);
+    store_row(out, row, col, kBlockRows, mul(silu(g), finished(out, block + shape.blocks() / 2, up, row, x.terms)));
   }
 }
 
-// The range is cut into as many runs of neighbouring blocks as there are streams, so that each stream is
-// sequential from the first block to the last; what is left over goes in one pass of fewer streams.
-// Gated: half as many runs, each with its gate and its up stream.
-void run_with(Pass pass, const WeightShape& shape, const uint8_t* weight, const Activations& x, const Output& out,
-              int64_t begin, int64_t end) {
+void run(const WeightShape& shape, const uint8_t* weight, const Activations& x, const Output& out, const Share& share,
+         int64_t pass) {
   static thread_local struct alignas(64) { Sums sums[kMaxStreams]; } scratch;
-  const int runs = out.gated ? kMaxStreams / 2 : kMaxStreams;
-  const int64_t step = (end - begin) / runs, rest = begin + step * runs;
-  const auto one_pass = [&](int64_t first, int64_t stride, int count) {
-    const uint8_t* starts[kMaxStreams];
-    for (int r = 0; r < count; ++r) {
-      starts[r] = weight + (first + r * stride) * shape.block_bytes();
-      if (out.gated) starts[r + count] = starts[r] + shape.blocks() / 2 * shape.block_bytes();
+  const int64_t whole = share.whole_passes(), half = shape.blocks() / 2;
+  const int64_t first = pass < whole ? share.begin + pass : share.begin + whole * share.runs;
+  const int64_t stride = pass < whole ? whole : 1;
+  const int count = pass < whole ? share.runs : static_cast<int>(share.end - first);
+  const uint8_t* starts[kMaxStreams];
+  for (int r = 0; r < count; ++r) {
+    starts[r] = weight + (first + r * stride) * shape.block_bytes();
+    if (out.gated) starts[r + count] = starts[r] + half * shape.block_bytes();
+  }
+  choose_pass(shape, x.term_rows)(shape, x, starts, out.gated ? 2 * count : count, scratch.sums);
+  for (int r = 0; r < count; ++r) {
+    const int64_t block = first + r * stride;
+    if (out.gated) {
+      finish_gated(shape, x, out, block, scratch.sums[r], scratch.sums[r + count]);
+    } else {
+      finish_plain(shape, x, out, block, scratch.sums[r]);
     }
-    pass(shape, x, starts, out.gated ? 2 * count : count, scratch.sums);
-    for (int r = 0; r < count; ++r) {
-      const int64_t block = first + r * stride;
-      if (out.gated) {
-        finish_gated(shape, x, out, block, scratch.sums[r], scratch.sums[r + count]);
-      } else {
-        finish_plain(shape, x, out, block, scratch.sums[r]);
-      }
-    }
-  };
-  for (int64_t i = 0; i < step; ++i) one_pass(begin + i, step, runs);
-  if (rest < end) one_pass(rest, 1, static_cast<int>(end - rest));
-}
-
-void run(const WeightShape& shape, const uint8_t* weight, const Activations& x, const Output& out, int64_t begin,
-         int64_t end) {
-  run_with(choose_pass(shape, x.term_rows), shape, weight, x, out, begin, end);
+  }
 }
 
 }  // namespace

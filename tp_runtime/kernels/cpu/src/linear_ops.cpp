@@ -5,12 +5,18 @@
 #include <ATen/ops/mm.h>
 #include <ATen/ops/mul.h>
 #include <ATen/ops/silu.h>
+#include <omp.h>
 #include <torch/library.h>
 
+#include <algorithm>
+#include <atomic>
 #include <optional>
+#include <utility>
+#include <vector>
 
 #include "isa.h"
 #include "linear.h"
+#include "many_rows.h"
 #include "memory.h"
 #include "torch_dtype.h"
 
@@ -19,7 +25,7 @@ namespace {
 
 using at::Tensor;
 
-constexpr int64_t kSmallRows = 16;        // rows that one pass over the weight serves
+constexpr int64_t kFewRows = 16;        // rows that one pass over the weight serves
 constexpr int64_t kGrainBytes = 64 << 10; // weight bytes below which a second thread costs more than it brings
 constexpr int64_t kPanelBytes = 1 << 20;  // of unpacked weight at a time, so that it stays in cache
 
@@ -51,23 +57,91 @@ Activations allocate(const WeightShape& shape, int64_t rows, Dtype dtype) {
   return x;
 }
 
-void small_rows(const WeightShape& shape, const Tensor& x, const uint8_t* packed, Output out, int64_t first_row,
-                int64_t rows) {
+// The part of [0, count) that thread `thread` of `threads` begins with: what at::parallel_for gave it when
+// the weight was packed, so that it reads the memory it first touched.
+std::pair<int64_t, int64_t> part_of(int64_t count, int64_t thread, int64_t threads) {
+  const int64_t each = (count + threads - 1) / threads;
+  return {std::min(thread * each, count), std::min((thread + 1) * each, count)};
+}
+
+// A thread's share of the output, and how many of its passes have been taken.
+struct alignas(64) Claims {
+  Share share;
+  std::atomic<int64_t> taken{0};
+};
+
+Claims* claims_of_thread(int threads) {
+  static thread_local std::vector<Claims> kept;
+  if (static_cast<int>(kept.size()) < threads) kept = std::vector<Claims>(threads);
+  return kept.data();
+}
+
+// Few rows: all threads prepare the activations, wait for each other, and run: first their own share, then
+// what others have left (cores differ in speed when something else uses them).
+void few_rows(const WeightShape& shape, const Input& input, const uint8_t* packed, const Output& out) {
   const LinearKernels& kernel = kernels();
-  Activations activations = allocate(shape, rows, dtype_of(x));
-  const int64_t row_bytes = x.stride(0) * x.element_size();
-  const auto* data = static_cast<const uint8_t*>(x.const_data_ptr()) + first_row * row_bytes;
-  kernel.prepare(shape, Input{data, dtype_of(x), rows, x.stride(0)}, activations);
-  out.rows = rows;
+  const Activations activations = allocate(shape, out.rows, input.dtype);
   const int64_t blocks = out.gated ? shape.blocks() / 2 : shape.blocks();
-  const int64_t grain = std::max<int64_t>(1, kGrainBytes / std::max<int64_t>(1, shape.block_bytes()));
-  at::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
-    kernel.run(shape, packed, activations, out, begin, end);
+  const int runs = out.gated ? kMaxStreams / 2 : kMaxStreams;
+  const bool small = static_cast<int64_t>(shape.blocks() * shape.block_bytes()) < 2 * kGrainBytes;
+  const int threads = small || at::in_parallel_region() ? 1 : at::get_num_threads();
+  if (threads == 1) {
+    kernel.prepare(shape, input, activations, 0, units_of(shape));
+    const Share all{0, blocks, runs};
+    for (int64_t pass = 0; pass < all.passes(); ++pass) kernel.run(shape, packed, activations, out, all, pass);
+    return;
+  }
+  Claims* claims = claims_of_thread(threads);
+  for (int t = 0; t < threads; ++t) {
+    const auto [begin, end] = part_of(blocks, t, threads);
+    claims[t].share = Share{begin, end, runs};
+    claims[t].taken.store(0, std::memory_order_relaxed);
+  }
+  // GNU's OpenMP makes new threads when teams change size, so this is always the team of all threads.
+#pragma omp parallel
+  {
+    const int thread = omp_get_thread_num();
+    const auto [first_unit, last_unit] = part_of(units_of(shape), thread, omp_get_num_threads());
+    kernel.prepare(shape, input, activations, first_unit, last_unit);
+#pragma omp barrier
+    for (int i = 0; i < threads; ++i) {
+      Claims& from = claims[(thread + i) % threads];
+      for (;;) {
+        const int64_t pass = from.taken.fetch_add(1, std::memory_order_relaxed);
+        if (pass >= from.share.passes()) break;
+        kernel.run(shape, packed, activations, out, from.share, pass);
+      }
+    }
+  }
+}
+
+// Many rows on AMX: bf16 activations against anything but fp32 weights.
+bool takes_tiles(const WeightShape& shape, const Tensor& x) {
+  return active_isa() == Isa::kAmx && x.scalar_type() == at::kBFloat16 && shape.bits <= 16 && shape.k > 0;
+}
+
+void many_rows_tiled(const WeightShape& shape, const Tensor& x, const uint8_t* packed, const float* channel_scale,
+                     Tensor& y) {
+  const int64_t rows = x.size(0), row_tiles = (rows + 31) / 32 * 2;
+  const Input input{x.const_data_ptr(), Dtype::kBfloat16, rows, x.stride(0)};
+  const Tensor tiles = at::empty({row_tiles * 16, shape.slices() * kSliceCols}, x.options());
+  auto* tile_data = static_cast<uint16_t*>(tiles.data_ptr());
+  at::parallel_for(0, row_tiles, 1,
+                   [&](int64_t begin, int64_t end) { many_rows_amx.pack(shape, input, tile_data, begin, end); });
+  const Output out{y.data_ptr(), Dtype::kBfloat16, rows, y.stride(0), channel_scale, false};
+  const int64_t panels = (shape.blocks() + kPanelBlocks - 1) / kPanelBlocks;
+  at::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
+    Scratch& scratch = Scratch::of_thread();
+    const size_t floats = row_tiles * 16 * kPanelBlocks * kBlockRows;
+    scratch.reserve(floats * sizeof(float));
+    many_rows_amx.run(shape, packed, tile_data, out, begin * kPanelBlocks,
+                      std::min(end * kPanelBlocks, shape.blocks()), scratch.take<float>(floats));
   });
 }
 
-// Many rows: unpack a panel of the weight into cache, then multiply it by all rows.
-void many_rows(const WeightShape& shape, const Tensor& x, const uint8_t* packed, const float* channel_scale, Tensor y) {
+// Many rows elsewhere: unpack a panel of the weight into cache, then multiply it by all rows.
+void many_rows(const WeightShape& shape, const Tensor& x, const uint8_t* packed, const float* channel_scale,
+               Tensor& y) {
   const bool bf16 = x.scalar_type() == at::kBFloat16;
   const Tensor x_used = bf16 || x.scalar_type() == at::kFloat ? x : x.to(at::kFloat);
   const int64_t panel_blocks =
@@ -96,23 +170,29 @@ Tensor linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>
   TORCH_CHECK(bits != 8 || !asymmetric, "8-bit weights are symmetric");
   TORCH_CHECK(packed.numel() == static_cast<int64_t>(shape.blocks() * shape.block_bytes()), "the packed weight is cut");
   TORCH_CHECK(!gated || n % (2 * kBlockRows) == 0, "a gated weight has ", n, " rows; whole pairs of 16 are needed");
-  const int64_t width = gated ? n / 2 : n;
+  const int64_t width = gated ? n / 2 : n, rows = k > 0 ? x.numel() / k : 0;
   auto sizes = x.sizes().vec();
   sizes.back() = width;
   Tensor y = at::empty(sizes, x.options());
-  if (y.numel() == 0) return y;
-  const Tensor x_2d = x.reshape({-1, k}), y_2d = y.view({-1, width});
-  const Tensor rows_x = x_2d.stride(1) == 1 || k == 1 ? x_2d : x_2d.contiguous();
+  if (k == 0) y.zero_();
+  if (y.numel() == 0 || k == 0) return y;
   const auto* weight = packed.const_data_ptr<uint8_t>();
   const float* scale = channel_scale.has_value() ? channel_scale->const_data_ptr<float>() : nullptr;
-  if (rows_x.size(0) > kSmallRows) {
-    Tensor full = gated ? at::empty({rows_x.size(0), n}, x.options()) : y_2d;
-    many_rows(shape, rows_x, weight, scale, full);
-    if (gated) at::mul_out(const_cast<Tensor&>(y_2d), at::silu(full.narrow(1, 0, width)), full.narrow(1, width, width));
+  const Tensor from = x.is_contiguous() ? x : x.contiguous();
+  if (rows <= kFewRows) {
+    const Input input{from.const_data_ptr(), dtype_of(x), rows, k};
+    few_rows(shape, input, weight, Output{y.data_ptr(), dtype_of(x), rows, width, scale, gated});
     return y;
   }
-  small_rows(shape, rows_x, weight, Output{y.data_ptr(), dtype_of(x), rows_x.size(0), width, scale, gated}, 0,
-             rows_x.size(0));
+  const Tensor x_2d = from.view({rows, k});
+  Tensor y_2d = y.view({rows, width});
+  Tensor full = gated ? at::empty({rows, n}, x.options()) : y_2d;
+  if (takes_tiles(shape, x_2d)) {
+    many_rows_tiled(shape, x_2d, weight, scale, full);
+  } else {
+    many_rows(shape, x_2d, weight, scale, full);
+  }
+  if (gated) at::mul_out(y_2d, at::silu(full.narrow(1, 0, width)), full.narrow(1, width, width));
   return y;
 }
 

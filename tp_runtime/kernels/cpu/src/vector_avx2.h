@@ -69,11 +69,36 @@ inline void store_sums(float* out, Floats a, Floats b, Floats c, Floats d) {
   const __m256 abcd = _mm256_hadd_ps(ab, cd);
   _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1)));
 }
+inline bool all_finite(Floats x) {
+  const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff)), limit = _mm256_set1_ps(__builtin_inff());
+  const __m256 a = _mm256_cmp_ps(_mm256_and_ps(x.a, magnitude), limit, _CMP_LT_OQ);
+  const __m256 b = _mm256_cmp_ps(_mm256_and_ps(x.b, magnitude), limit, _CMP_LT_OQ);
+  return _mm256_movemask_ps(_mm256_and_ps(a, b)) == 0xff;
+}
 inline float largest_lane(Floats x) {
   const __m256 eight = _mm256_max_ps(x.a, x.b);
   const __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
   const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_max_ss(two, _mm_shuffle_ps(two, two, 1)));
+}
+
+inline __m256i rounded_bf16(__m256 x) {
+  const __m256i bits = _mm256_castps_si256(x);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  const __m256 nan = _mm256_cmp_ps(x, x, _CMP_UNORD_Q);
+  const __m256 quiet = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fc00000));
+  const __m256 kept = _mm256_blendv_ps(_mm256_castsi256_ps(rounded), quiet, nan);
+  return _mm256_srli_epi32(_mm256_castps_si256(kept), 16);
+}
+inline void store_bf16(uint16_t* out, Floats x) {
+  const __m256i mixed = _mm256_packus_epi32(rounded_bf16(x.a), rounded_bf16(x.b));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_permute4x64_epi64(mixed, _MM_SHUFFLE(3, 1, 2, 0)));
+}
+inline void store_half(uint16_t* out, Floats x) {
+  auto* halves = reinterpret_cast<__m128i*>(out);
+  _mm_storeu_si128(halves, _mm256_cvtps_ph(x.a, _MM_FROUND_TO_NEAREST_INT));
+  _mm_storeu_si128(halves + 1, _mm256_cvtps_ph(x.b, _MM_FROUND_TO_NEAREST_INT));
 }
 
 inline Bytes load_bytes(const uint8_t* p) {
@@ -119,10 +144,13 @@ struct Dot {
   }
 };
 
-inline void store_fixed(const int32_t* x, int8_t* out) {
-  int16_t narrow[32];
-  for (int i = 0; i < 32; ++i) narrow[i] = static_cast<int16_t>(x[i]);
-  std::memcpy(out, narrow, sizeof narrow);
+inline void store_fixed(Floats a, Floats b, int8_t* out) {
+  const auto halves = [](Floats x) {
+    const __m256i mixed = _mm256_packs_epi32(_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b));
+    return _mm256_permute4x64_epi64(mixed, _MM_SHUFFLE(3, 1, 2, 0));
+  };
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), halves(a));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 32), halves(b));
 }
 
 }  // namespace

@@ -49,7 +49,24 @@ inline void store_sums(float* out, Floats a, Floats b, Floats c, Floats d) {
   const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(abcd), _mm512_extractf32x8_ps(abcd, 1));
   _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1)));
 }
+inline bool all_finite(Floats x) {
+  constexpr int kNanOrInfinite = 0x99;
+  return _mm512_fpclass_ps_mask(x, kNanOrInfinite) == 0;
+}
 inline float largest_lane(Floats x) { return _mm512_reduce_max_ps(x); }
+
+// To nearest, ties to even; NaN stays NaN.
+inline void store_bf16(uint16_t* out, Floats x) {
+  const __m512i bits = _mm512_castps_si512(x);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+  const __m512i kept = _mm512_mask_blend_epi32(nan, rounded, _mm512_set1_epi32(0x7fc00000));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16)));
+}
+inline void store_half(uint16_t* out, Floats x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
 
 inline Bytes load_bytes(const uint8_t* p) { return _mm512_loadu_si512(p); }
 inline Bytes low_nibbles(Bytes b) { return _mm512_and_si512(b, _mm512_set1_epi8(15)); }
@@ -78,10 +95,14 @@ struct Dot {
   inline Floats value() const { return _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(high, 7), low)); }
 };
 
-inline void store_fixed(const int32_t* x, int8_t* out) {
-  for (int i = 0; i < 32; ++i) {
-    out[i] = static_cast<int8_t>(x[i] >> 7);
-    out[32 + i] = static_cast<int8_t>(x[i] & 127);
+// 32 whole numbers of 15 bits and a sign -> a row's 64 bytes.
+inline void store_fixed(Floats a, Floats b, int8_t* out) {
+  const __m512i whole[2] = {_mm512_cvtps_epi32(a), _mm512_cvtps_epi32(b)};
+  for (int i = 0; i < 2; ++i) {
+    const __m512i low = _mm512_and_si512(whole[i], _mm512_set1_epi32(127));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 16 * i),
+                     _mm512_cvtepi32_epi8(_mm512_srai_epi32(whole[i], 7)));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 32 + 16 * i), _mm512_cvtepi32_epi8(low));
   }
 }
 

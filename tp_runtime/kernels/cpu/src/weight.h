@@ -40,11 +40,14 @@ struct WeightShape {
   size_t slice_bytes() const { return static_cast<size_t>(kBlockRows) * kSliceCols * bits / 8; }
   size_t scale_bytes() const { return grouped() ? (asymmetric ? 64 : 32) : 0; }
   size_t block_bytes() const { return slices() * slice_bytes() + groups() * scale_bytes(); }
-  // Slices of group `group` that are held (the first and last group may be short).
-  int64_t group_slices(int64_t group) const {
+  // The first held slice of group `group`, and how many there are (the first and last group may be short).
+  int64_t first_slice(int64_t group) const {
     const int64_t first = group * slices_per_group() - skipped_slices();
-    const int64_t start = first < 0 ? 0 : first, stop = first + slices_per_group();
-    return (stop > slices() ? slices() : stop) - start;
+    return first < 0 ? 0 : first;
+  }
+  int64_t group_slices(int64_t group) const {
+    const int64_t stop = (group + 1) * slices_per_group() - skipped_slices();
+    return (stop > slices() ? slices() : stop) - first_slice(group);
   }
 };
 

@@ -1,0 +1,221 @@
+#include "many_rows.h"
+
+#include <cstring>
+
+#include "vector_avx512.h"
+// The vectors come first: what follows is written in their terms.
+#include "scalar.h"
+#include "tiles.h"
+
+namespace tp {
+namespace {
+
+constexpr int kTileElements = kBlockRows * kSliceCols;  // of a bf16 tile: 16 rows x 32
+
+// ---- weight slices -> bf16 tiles [pair of columns][row][2] ------------------------------------------
+
+// Four columns of 16 rows, one byte each, as floats less the zero point. 2^23 + byte is exact in fp32.
+inline void quad_values(Bytes quad, int zero_point, Floats* values) {
+  const __m512i byte = _mm512_set1_epi32(0xff), magic = _mm512_set1_epi32(0x4b000000);
+  const Floats offset = spread(8388608.0f + static_cast<float>(zero_point));
+  for (int i = 0; i < 4; ++i) {
+    const __m512i shifted = i == 0 ? quad : _mm512_srli_epi32(quad, 8 * i);
+    const __m512i bits = _mm512_ternarylogic_epi32(shifted, byte, magic, 0xea);  // (a & b) | c
+    values[i] = _mm512_sub_ps(_mm512_castsi512_ps(bits), offset);
+  }
+}
+
+// Two columns as bf16 pairs. Exact: their low halves are zero (small whole numbers).
+inline __m512i exact_pairs(Floats first, Floats second) {
+  return _mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(first), 16), _mm512_castps_si512(second));
+}
+
+inline __m512i rounded_pairs(Floats first, Floats second) {
+  const __m512i low = _mm512_set1_epi32(0xffff);
+  const __m512i a = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(first));
+  const __m512i b = _mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(second)), 16);
+  return _mm512_or_si512(_mm512_and_si512(a, low), b);
+}
+
+template <bool kScaled>
+inline void store_quad(Bytes quad, int zero_point, Floats scale, Floats offset, uint16_t* tile) {
+  Floats values[4];
+  quad_values(quad, zero_point, values);
+  for (int i = 0; i < 4; i += 2) {
+    __m512i pairs;
+    if constexpr (kScaled) {
+      pairs = rounded_pairs(fma(values[i], scale, offset), fma(values[i + 1], scale, offset));
+    } else {
+      pairs = exact_pairs(values[i], values[i + 1]);
+    }
+    _mm512_store_si512(tile + i * kBlockRows, pairs);
+  }
+}
+
+// One slice of one block -> one tile.
+template <int kBits, bool kScaled>
+inline void unpack_slice(const uint8_t* w, int zero_point, Floats scale, Floats offset, uint16_t* tile) {
+  for (int quad = 0; quad < 8; ++quad, tile += 4 * kBlockRows) {
+    Bytes bytes;
+    if constexpr (kBits == 8) {
+      bytes = load_bytes(w + quad * 64);
+    } else {
+      bytes = load_bytes(w + quad / 2 * 64);
+      bytes = quad % 2 ? high_nibbles(bytes) : low_nibbles(bytes);
+    }
+    store_quad<kScaled>(bytes, zero_point, scale, offset, tile);
+  }
+}
+
+// Slices [first, last) of one block -> tiles. For plain bf16 the weight already is such tiles.
+void unpack_block(const WeightShape& shape, const uint8_t* block, int64_t first, int64_t last, uint16_t* tiles) {
+  const size_t slice_bytes = shape.slice_bytes();
+  if (!shape.grouped()) {
+    for (int64_t slice = first; slice < last; ++slice, tiles += kTileElements) {
+      unpack_slice<8, false>(block + slice * slice_bytes, 128, zeros(), zeros(), tiles);
+    }
+    return;
+  }
+  const int64_t per_group = shape.slices_per_group(), skipped = shape.skipped_slices();
+  const int zero_point = shape.bits == 8 ? 128 : (shape.asymmetric ? 0 : 8);
+  for (int64_t slice = first; slice < last; ++slice, tiles += kTileElements) {
+    const int64_t group = (slice + skipped) / per_group;
+    const uint8_t* w = block + slice * slice_bytes + group * shape.scale_bytes();
+    int64_t group_end = (group + 1) * per_group - skipped;
+    group_end = group_end < shape.slices() ? group_end : shape.slices();
+    const uint8_t* scales = block + group_end * slice_bytes + group * shape.scale_bytes();
+    const Floats scale = load_half(scales), offset = shape.asymmetric ? load_half(scales + 32) : zeros();
+    if (shape.bits == 8) {
+      unpack_slice<8, true>(w, zero_point, scale, offset, tiles);
+    } else {
+      unpack_slice<4, true>(w, zero_point, scale, offset, tiles);
+    }
+  }
+}
+
+// ---- multiplication ---------------------------------------------------------------------------------
+
+// Sums of 32 rows x 32 columns over `slices`: two tiles of rows (`x`, `x_stride` elements apart), two
+// blocks of columns. `sums` points at [32 rows][64 columns] of fp32.
+inline void multiply(const uint16_t* x, int64_t x_stride, const uint16_t* w0, const uint16_t* w1, int64_t slices,
+                     bool first, float* sums) {
+  constexpr int kStride = kPanelBlocks * kBlockRows * sizeof(float);
+  float* lower = sums + 16 * kPanelBlocks * kBlockRows;
+  if (first) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  } else {
+    _tile_loadd(0, sums, kStride);
+    _tile_loadd(1, sums + 16, kStride);
+    _tile_loadd(2, lower, kStride);
+    _tile_loadd(3, lower + 16, kStride);
+  }
+  for (int64_t slice = 0; slice < slices; ++slice, x += kTileElements, w0 += kTileElements, w1 += kTileElements) {
+    // Loads and products hardly overlap; alternating them costs a tenth.
+    _tile_loadd(4, x, 64);
+    _tile_loadd(6, w0, 64);
+    _tile_loadd(7, w1, 64);
+    _tile_loadd(5, x + x_stride, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+  _tile_stored(0, sums, kStride);
+  _tile_stored(1, sums + 16, kStride);
+  _tile_stored(2, lower, kStride);
+  _tile_stored(3, lower + 16, kStride);
+}
+
+void store_panel(const WeightShape& shape, const Output& out, int64_t first_block, int64_t blocks, const float* sums) {
+  for (int64_t row = 0; row < out.rows; ++row) {
+    for (int64_t b = 0; b < blocks; ++b) {
+      const int64_t col = (first_block + b) * kBlockRows, left = shape.n - col;
+      Floats y = load(sums + (row * kPanelBlocks + b) * kBlockRows);
+      if (out.channel_scale != nullptr) y = mul(y, load(out.channel_scale + col));
+      const __mmask16 wanted = left >= kBlockRows ? 0xffff : static_cast<__mmask16>((1 << left) - 1);
+      _mm256_mask_storeu_epi16(static_cast<uint16_t*>(out.y) + row * out.stride + col, wanted,
+                               (__m256i)_mm512_cvtneps_pbh(y));
+    }
+  }
+}
+
+// A thread's buffers.
+struct alignas(64) Panel {
+  uint16_t tiles[kPanelBlocks][kPanelSlices][kTileElements];
+};
+
+// Lines [share, share + 1) of `shares` of the weight bytes that will be unpacked next.
+inline void fetch_share(const uint8_t* from, size_t bytes, int64_t share, int64_t shares) {
+  const size_t lines = (bytes + 63) / 64, begin = lines * share / shares, end = lines * (share + 1) / shares;
+  for (size_t line = begin; line < end; ++line) {
+    _mm_prefetch(reinterpret_cast<const char*>(from + line * 64), _MM_HINT_T1);
+  }
+}
+
+void run_panel(const WeightShape& shape, const uint8_t* weight, const uint16_t* x, const Output& out,
+               int64_t first_block, int64_t blocks, float* sums) {
+  static thread_local Panel panel;
+  const int64_t slices = shape.slices(), row_pairs = (out.rows + 31) / 32, x_stride = slices * kTileElements;
+  const uint16_t* tiles[kPanelBlocks];
+  for (int64_t slice = 0; slice < slices; slice += kPanelSlices) {
+    const int64_t last = slice + kPanelSlices < slices ? slice + kPanelSlices : slices;
+    for (int64_t b = 0; b < kPanelBlocks; ++b) {
+      const uint8_t* block = weight + (first_block + (b < blocks ? b : 0)) * shape.block_bytes();
+      if (shape.bits == 16) {
+        tiles[b] = reinterpret_cast<const uint16_t*>(block) + slice * kTileElements;
+      } else {
+        if (b < blocks) unpack_block(shape, block, slice, last, panel.tiles[b][0]);
+        tiles[b] = panel.tiles[b < blocks ? b : 0][0];
+      }
+    }
+    for (int64_t pair = 0; pair < row_pairs; ++pair) {
+      const uint16_t* rows = x + pair * 2 * x_stride + slice * kTileElements;
+      for (int64_t b = 0; b < blocks; ++b) {
+        const size_t bytes = (last - slice) * (shape.slice_bytes() + shape.scale_bytes());
+        const uint8_t* block = weight + (first_block + b) * shape.block_bytes();
+        const size_t ahead = slice * shape.slice_bytes() + bytes;
+        fetch_share(block + ahead, bytes, pair, row_pairs);
+      }
+      float* to = sums + pair * 32 * kPanelBlocks * kBlockRows;
+      for (int64_t b = 0; b < blocks; b += 2) {
+        multiply(rows, x_stride, tiles[b], tiles[b + 1], last - slice, slice == 0, to + b * kBlockRows);
+      }
+    }
+  }
+  store_panel(shape, out, first_block, blocks, sums);
+}
+
+void run(const WeightShape& shape, const uint8_t* weight, const uint16_t* x, const Output& out, int64_t begin,
+         int64_t end, float* sums) {
+  TileConfig config;
+  for (int tile = 0; tile < 8; ++tile) config.set(tile, 16, 64);
+  const Tiles configured(config);
+  for (int64_t block = begin; block < end; block += kPanelBlocks) {
+    run_panel(shape, weight, x, out, block, end - block < kPanelBlocks ? end - block : kPanelBlocks, sums);
+  }
+}
+
+void pack(const WeightShape& shape, const Input& input, uint16_t* tiles, int64_t begin, int64_t end) {
+  const auto* x = static_cast<const uint16_t*>(input.x);
+  for (int64_t tile = begin; tile < end; ++tile) {
+    for (int64_t slice = 0; slice < shape.slices(); ++slice) {
+      uint16_t* to = tiles + (tile * shape.slices() + slice) * kTileElements;
+      const int64_t col = slice * kSliceCols - shape.shift();
+      const int64_t first = col < 0 ? -col : 0, last = shape.k - col < kSliceCols ? shape.k - col : kSliceCols;
+      for (int row = 0; row < 16; ++row, to += kSliceCols) {
+        const int64_t from = tile * 16 + row;
+        if (from >= input.rows || first > 0 || last < kSliceCols) std::memset(to, 0, kSliceCols * 2);
+        if (from < input.rows) std::memcpy(to + first, x + from * input.stride + col + first, (last - first) * 2);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+const ManyRowsKernels many_rows_amx = {pack, run};
+
+}  // namespace tp
