@@ -1,29 +1,35 @@
 """QuantLinear: a linear layer whose weight stays quantised, on the weight-only kernels.
 
-The module holds what `kernels.linear.prepare` made of the weight as buffers, so that `.to(device)` and
-the accounting of bytes see it, and calls the kernel through an op torch.compile can trace. It is a
-single-device layer: sharding wraps it where the weight is a rank's part.
+A single-device layer that goes through ops torch.compile can trace; sharding wraps it where the weight is
+a rank's part.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..kernels.linear import prepare, weight_only_linear
+from ..kernels.linear import PreparedLinear, prepare
 from .tensor import QuantizedTensor
 
 
-class QuantLinear(nn.Module):
+class QuantLinear(PreparedLinear):
     """y = x W^T + bias with W quantised.
 
     weight: the canonical quantised weight, [out_features, in_features] as held here; it is packed for
     the kernel and not kept. bias: floating point [out_features] or None. backend: "auto" or "reference".
+    round_activations: bf16's precision is enough for fp32 activations (kernels.linear.PreparedWeight).
     """
 
-    def __init__(self, weight: QuantizedTensor, bias: Tensor | None = None, *, backend: str = "auto") -> None:
-        super().__init__()
+    def __init__(
+        self,
+        weight: QuantizedTensor,
+        bias: Tensor | None = None,
+        *,
+        backend: str = "auto",
+        round_activations: bool = False,
+    ) -> None:
         n, k = weight.layout.local_shape
         prepared = prepare(
             weight.q,
@@ -36,22 +42,8 @@ class QuantLinear(nn.Module):
             k=k,
             backend=backend,
         )
-        self.out_features, self.in_features, self.format = n, k, weight.format
-        self._prepared = replace(prepared, tensors=())
-        self._buffer_names = [f"packed_{i}" for i in range(len(prepared.tensors))]
-        for name, tensor in zip(self._buffer_names, prepared.tensors, strict=True):
-            self.register_buffer(name, tensor, persistent=False)
-        self.bias: Tensor | None
-        self.register_buffer("bias", bias, persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: [..., in_features], fp32, bf16 or fp16. Returns [..., out_features] in x's dtype."""
-        tensors = tuple(getattr(self, name) for name in self._buffer_names)
-        y = weight_only_linear(x, replace(self._prepared, tensors=tensors))
-        return y if self.bias is None else y + self.bias
+        super().__init__(replace(prepared, round_activations=round_activations), bias)
+        self.format = weight.format
 
     def extra_repr(self) -> str:
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"format={self.format.name}, kernel={self._prepared.kind}"
-        )
+        return f"{super().extra_repr()}, format={self.format.name}"

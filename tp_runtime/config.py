@@ -40,11 +40,12 @@ class EngineConfig:
     layers: keep only the first N layers (benchmarks). quant: format of the matrix weights. head_quant:
     of head and embedding (None: int8 where quant is int4, else quant). int4_asym: give groups an
     offset. context: most tokens a row may hold (None: the model's limit, at most 8192). max_batch: rows
-    that run at once. cache_bytes: bytes of this rank's KV cache (None: max_batch rows of `context`,
-    less where memory is short). prefill_chunk: most tokens of one step. threads: lowers a rank's share
-    of threads, never raises it. collective_timeout_s: how long a rank may keep the others waiting once
-    tokens flow (None: what tp-launch --collective-timeout said, else 60); load_timeout_s: while weights
-    are read and code is compiled.
+    that run at once. compile: run the step compiled; native_step: through the C++ kernels' own plan where
+    every layer fits it, else through torch.compile. cache_bytes: bytes of this rank's KV cache (None:
+    max_batch rows of `context`, less where memory is short). prefill_chunk: most tokens of one step.
+    threads: lowers a rank's share of threads, never raises it. collective_timeout_s: how long a rank may
+    keep the others waiting once tokens flow (None: what tp-launch --collective-timeout said, else 60);
+    load_timeout_s: while weights are read and code is compiled.
     """
 
     model: str | None = None
@@ -59,6 +60,7 @@ class EngineConfig:
     device: str = "auto"
     kernels: str = "auto"
     compile: bool = True
+    native_step: bool = True
     context: int | None = None
     max_batch: int = 8
     cache_bytes: int | None = None

@@ -68,6 +68,12 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--kernels", choices=KERNELS, help="default: auto")
     run.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None, help="default: on")
     run.add_argument(
+        "--native-step",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="run all layers in one C++ call where the CPU kernels hold their weights; default: on",
+    )
+    run.add_argument(
         "--collective-timeout", type=float, metavar="S", help="a rank that hangs longer ends the job"
     )
     run.add_argument("--load-timeout", type=float, metavar="S", help="the same while loading and compiling")

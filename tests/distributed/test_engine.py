@@ -139,7 +139,7 @@ def graphs_body(path: str) -> list[int]:
     from tp_runtime.engine.llm import LLM
 
     counts = []
-    with LLM(path, dtype="fp32", max_batch=3, prefill_chunk=32) as llm:
+    with LLM(path, dtype="fp32", native_step=False, max_batch=3, prefill_chunk=32) as llm:
         counts.append(counters["stats"]["unique_graphs"])
         for prompts in (make_prompts()[:1], make_prompts()[1:2], make_prompts()):
             llm.generate(prompts, SamplingParams(max_new_tokens=40, ignore_eos=True))

@@ -5,6 +5,14 @@ ops.py: the functions. shm.py: attaching ranks of one host to shared memory. src
 
 from __future__ import annotations
 
-from .ops import all_gather, all_reduce, attach, broadcast_, collective_errors, set_timeout
+from .ops import all_gather, all_reduce, all_reduce_op, attach, broadcast_, collective_errors, set_timeout
 
-__all__ = ["all_gather", "all_reduce", "attach", "broadcast_", "collective_errors", "set_timeout"]
+__all__ = [
+    "all_gather",
+    "all_reduce",
+    "all_reduce_op",
+    "attach",
+    "broadcast_",
+    "collective_errors",
+    "set_timeout",
+]

@@ -142,6 +142,16 @@ def _reduce(x: Tensor, group: dist.ProcessGroup, reduction: str) -> Tensor:
     return _all_reduce(x, reduction, group.group_name)
 
 
+def all_reduce_op(group: dist.ProcessGroup) -> str:
+    """The name of the op behind all_reduce on CPU tensors, for C++ callers: (x, reduction, group name) -> x.
+
+    Empty at world 1.
+    """
+    if group.size() == 1:
+        return ""
+    return "tp_shm::all_reduce" if _in_shm(group.group_name) else "tp_runtime::all_reduce"
+
+
 def all_gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Every rank's x, stacked: [world_size, *x.shape]. All ranks bring the same shape and dtype.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import psutil
 import torch
@@ -23,6 +23,7 @@ from ..checkpoint.inventory import stored_tensors
 from ..checkpoint.load import WeightRequest, load_weights
 from ..config import EngineConfig
 from ..errors import ConfigError, MemoryLimitError
+from ..kernels.linear import PreparedLinear, prepare_plain
 from ..layout import WeightFormat
 from ..log import once
 from ..models.config import ModelConfig
@@ -34,6 +35,7 @@ from ..sharding.layers import wrap_modules
 from ..sharding.plan import Plan
 from .device import has_compiler, pick_device, pick_dtype
 from .figures import weight_bytes_per_token
+from .fused import join_projections, share_tied_table
 from .kv_cache import CacheShape, KVCache
 from .memory import (
     DTYPE_BYTES,
@@ -45,6 +47,7 @@ from .memory import (
     memory_plan,
     sharding_plan,
 )
+from .native_step import native_step
 from .residual import keep_residual_in_fp32
 from .runner import ModelRunner
 from .source import ModelSource
@@ -103,9 +106,14 @@ def build_runner(source: ModelSource, config: EngineConfig, mesh: DeviceMesh, de
     reference = config.kernels == "reference"
     if not reference and dtype != "fp32":
         keep_residual_in_fp32(model, DTYPES[dtype], device)
+    if not reference and device == "cpu":
+        join_projections(model)
+        share_tied_table(model, DTYPES[dtype])
     rank = meshes.tp_rank(mesh)
     cache = _cache(plan, rank, source.config, config, context, dtype, device)
     group = meshes.tp_group(mesh)
+    wanted = compile and config.native_step and not reference and device == "cpu"
+    native = native_step(model, cache, group) if wanted else None
     head = plan["model.embed_tokens.weight" if source.config.tie_word_embeddings else "lm_head.weight"]
     runner = ModelRunner(
         model,
@@ -115,8 +123,9 @@ def build_runner(source: ModelSource, config: EngineConfig, mesh: DeviceMesh, de
         max_rows=config.max_batch,
         max_tokens=max(config.prefill_chunk, config.max_batch),
         max_blocks=cache.shape.blocks_for(context),
-        compile=compile,
+        compile=compile and native is None,
         reference=reference,
+        native=native,
         device=device,
     )
     token_bytes = weight_bytes_per_token(
@@ -142,7 +151,10 @@ def _load(
     backend = "reference" if config.kernels == "reference" else "auto"
 
     def install(name: str, value: Tensor | QuantizedTensor) -> None:
-        _install(model, name, value, dtype, backend)
+        if isinstance(value, Tensor):
+            _install(model, name, value, dtype, pack=device == "cpu" and backend == "auto")
+        else:
+            _install_quantised(model, name, value, dtype, backend)
 
     load_weights(
         checkpoint,
@@ -167,25 +179,38 @@ def _open(source: ModelSource, plan: Plan) -> Checkpoint:
     return open_checkpoint(source.weights_path)
 
 
-def _install(
-    model: Llama, name: str, value: Tensor | QuantizedTensor, dtype: torch.dtype, backend: str
-) -> None:
-    """Put one weight in its place; a quantised one brings its own module."""
+def _install(model: Llama, name: str, value: Tensor, dtype: torch.dtype, *, pack: bool) -> None:
+    """Put one plain weight or bias in its place. pack: linears' weights go to the CPU kernels."""
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
-    if isinstance(value, Tensor):
-        if isinstance(module, QuantLinear):
-            module.bias = value
-        else:
-            setattr(module, leaf, nn.Parameter(value, requires_grad=False))
-        return
-    parent, _, child = path.rpartition(".")
-    if isinstance(module, nn.Embedding):
-        setattr(model.get_submodule(parent), child, QuantEmbedding(value, dtype))
-        if model.config.tie_word_embeddings:
-            model.lm_head = QuantLinear(value, backend=backend)
+    if isinstance(module, PreparedLinear):
+        module.bias = value
+    elif pack and isinstance(module, nn.Linear) and leaf == "weight":
+        bias = None if module.bias is None or module.bias.is_meta else module.bias.detach()
+        model.set_submodule(path, _packed(value, dtype, bias))
     else:
-        setattr(model.get_submodule(parent), child, QuantLinear(value, backend=backend))
+        setattr(module, leaf, nn.Parameter(value, requires_grad=False))
+        if pack and isinstance(module, nn.Embedding) and model.config.tie_word_embeddings:
+            model.lm_head = _packed(value, dtype, None)
+
+
+def _packed(value: Tensor, dtype: torch.dtype, bias: Tensor | None) -> PreparedLinear:
+    weight = replace(prepare_plain(value), round_activations=dtype is torch.bfloat16)
+    return PreparedLinear(weight, bias)
+
+
+def _install_quantised(
+    model: Llama, name: str, value: QuantizedTensor, dtype: torch.dtype, backend: str
+) -> None:
+    """Put one quantised weight in its place; it brings its own module."""
+    path = name.rpartition(".")[0]
+    linear = QuantLinear(value, backend=backend, round_activations=dtype is torch.bfloat16)
+    if not isinstance(model.get_submodule(path), nn.Embedding):
+        model.set_submodule(path, linear)
+        return
+    model.set_submodule(path, QuantEmbedding(value, dtype))
+    if model.config.tie_word_embeddings:
+        model.lm_head = linear
 
 
 def _cache(

@@ -2,9 +2,10 @@
 
 Every layer adds twice to the stream. Kept in bf16, each sum is rounded to 8 bits of a value that grows
 with depth; in fp32 the stream costs a few kilobytes a token and no weight byte. Norms read it and hand
-the layers their own type. On CPUs, layers whose weights are quantised compute in fp32 throughout: their
-kernels widen the weights anyway, decoding reads no byte more, and what is left of the error is the
-weights' (SmolLM2 as int8, mean logit error against fp32: 0.03; with bf16 activations 0.10-0.12).
+the layers their own type. On CPUs the layers compute in fp32 throughout: their kernels widen the weights
+anyway, decoding reads no byte more, and what is left of the error is the weights' (SmolLM2 as int8, mean
+logit error against fp32: 0.03; with bf16 activations 0.10-0.12). Prefill's linears round to bf16 all the
+same, which the matrix units want (kernels.linear.PreparedWeight.round_activations).
 The reference path does not use this: there the model runs exactly as written.
 """
 
@@ -15,8 +16,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from ..kernels.linear import PreparedLinear
 from ..models.llama import DecoderLayer, Llama, RMSNorm
-from ..quant.linear import QuantLinear
 
 
 class ResidualNorm(nn.Module):
@@ -39,12 +40,12 @@ class ResidualNorm(nn.Module):
 def keep_residual_in_fp32(model: Llama, dtype: torch.dtype, device: str) -> None:
     """Replace the norms that read the stream. The caller makes the embedding's output fp32.
 
-    dtype: of plain weights. A quantised head gives fp32 logits on every device: bf16 knows no number
-    between 16 and 16.125, and near-ties are decided there.
+    dtype: of plain weights. A head on the weight-only kernels gives fp32 logits on every device: bf16
+    knows no number between 16 and 16.125, and near-ties are decided there.
     """
-    head_dtype = torch.float32 if isinstance(model.lm_head, QuantLinear) else dtype
+    head_dtype = torch.float32 if isinstance(model.lm_head, PreparedLinear) else dtype
     layers = [cast(DecoderLayer, layer) for layer in model.model.layers]
-    if device == "cpu" and isinstance(layers[0].self_attn.q_proj, QuantLinear):
+    if device == "cpu" and isinstance(layers[0].self_attn.q_proj, PreparedLinear):
         dtype = torch.float32
     for layer in layers:
         for name in ("input_layernorm", "post_attention_layernorm"):

@@ -1,9 +1,10 @@
 """Runs one step through this rank's part of the model: embedding, layers over the cache, logits.
 
-The layer function is the unit of compilation: all layers share their code, so one compiled graph per
-shape class (one token; several) serves them all, and a deep model compiles as fast as a shallow one.
-The token dimension is dynamic from two up; rows are padded to one size. So neither a longer context
-nor another prompt length compiles anything.
+On the CPU kernels all layers are one op (native_step.py). Elsewhere the layer function is the unit of
+compilation: all layers share their code, so one compiled graph per shape class (one token; several)
+serves them all, and a deep model compiles as fast as a shallow one. The token dimension is dynamic from
+two up; rows are padded to one size. So neither a longer context nor another prompt length compiles
+anything.
 
 `--kernels reference --no-compile` pads nothing and computes the head on every token before choosing
 rows: at world 1 an unpadded prefill then does exactly what the plain model does, bit for bit.
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from ..collectives import collective_errors
 from ..kernels.attention import cache_write, paged_attention
+from ..kernels.step import StepPlan
 from ..models.llama import Llama
 from ..sharding.layers import gather_last_dim
 from ..sharding.plan import Ranges
@@ -55,7 +57,8 @@ def _layer_step(
 class ModelRunner:
     """One rank's model and cache.
 
-    model: a Llama whose modules hold this rank's part. group: the tensor-parallel process group.
+    model: a Llama whose modules hold this rank's part. group: the tensor-parallel process group. native: the
+    plan that runs its layers, if there is one.
     vocab_parts: each rank's ranges of the vocabulary. max_blocks: blocks of the longest row.
     """
 
@@ -72,19 +75,29 @@ class ModelRunner:
         compile: bool,
         reference: bool,
         device: str,
+        native: StepPlan | None = None,
     ) -> None:
         self.model = model
         self.cache = cache
         self.group = group
         self.vocab_parts = vocab_parts
         self.max_rows, self.max_tokens, self.max_blocks = max_rows, max_tokens, max_blocks
-        self.pad = compile or not reference
+        self.native = native
+        self.pad = native is None and (compile or not reference)
         self.reference = reference
         self.compiled = compile
         self.device = device
+        self._angles: tuple[Tensor, Tensor] | None = None  # of every position, made when first needed
         self._layer: Callable[..., Tensor] = (
             torch.compile(_layer_step, fullgraph=True) if compile else _layer_step
         )
+
+    def _rotary(self, positions_T: Tensor) -> tuple[Tensor, Tensor]:
+        if self.native is None:
+            return self.model.rotary(positions_T)
+        if self._angles is None:
+            self._angles = self.model.rotary(torch.arange(self.max_blocks * self.cache.shape.block_size))
+        return self._angles[0][positions_T], self._angles[1][positions_T]
 
     def tensors(self, step: Step) -> StepTensors:
         """The step laid out and padded for this runner."""
@@ -121,11 +134,13 @@ class ModelRunner:
         x_TH = decoder.embed_tokens(inputs.tokens_T)
         if not self.reference:
             x_TH = x_TH.float()
-        cos_TD, sin_TD = self.model.rotary(inputs.positions_T)
+        cos_TD, sin_TD = self._rotary(inputs.positions_T)
+        step = (inputs.slots_T, inputs.block_table_RB, inputs.query_start, inputs.context_lens_R)
+        if self.native is not None:
+            return self.native.run(x_TH, cos_TD, sin_TD, *step)
         if self.compiled and x_TH.shape[0] > 1:
             for tensor in (x_TH, cos_TD, sin_TD, inputs.slots_T):
                 torch._dynamo.mark_dynamic(tensor, 0)
-        step = (inputs.slots_T, inputs.block_table_RB, inputs.query_start, inputs.context_lens_R)
         scale, backend = config.head_dim**-0.5, "reference" if self.reference else "auto"
         for index, layer in enumerate(decoder.layers):
             keys, values, window = self.cache.keys[index], self.cache.values[index], config.window(index)

@@ -17,7 +17,7 @@ from torch import Tensor
 from . import reference
 from .cpu import build
 
-_LANES = 16  # the C++ kernels' vector; head_dim is a multiple of it
+LANES = 16  # the C++ kernels' vector; head_dim is a multiple of it
 
 
 @torch.compiler.assume_constant_result
@@ -27,7 +27,7 @@ def _available() -> bool:
 
 def _native(q_THD: Tensor, backend: str) -> bool:
     assert backend in ("auto", "reference"), f"backend {backend!r} is neither auto nor reference"
-    if backend == "reference" or q_THD.device.type != "cpu" or q_THD.shape[-1] % _LANES:
+    if backend == "reference" or q_THD.device.type != "cpu" or q_THD.shape[-1] % LANES:
         return False
     return _available()
 

@@ -10,11 +10,12 @@ Kinds: "cpu" (C++, cpu/), "aten_int8" and "aten_int4" (torch's own, where no com
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import reference
 from .cpu import build
@@ -30,7 +31,8 @@ class PreparedWeight:
     group_size: columns that share a scale (0: one scale a row, or none). head: columns of the first group
     left of column 0. tensors: the kernel's own; a caller may move them into buffers and put them back with
     dataclasses.replace. asymmetric: groups have offsets. gated: rows are gate over up, and the linear
-    returns silu(gate) * up, [..., n / 2].
+    returns silu(gate) * up, [..., n / 2]. round_activations: bf16's precision is enough for fp32
+    activations: few rows keep 15 bits under the largest of each 32, many rows (prefill) are rounded to bf16.
     """
 
     kind: str
@@ -42,6 +44,12 @@ class PreparedWeight:
     tensors: tuple[Tensor, ...]
     asymmetric: bool = False
     gated: bool = False
+    round_activations: bool = False
+
+    @property
+    def channel_scale(self) -> Tensor | None:
+        """fp32, one a row and padded to whole blocks, of a "cpu" weight that has one scale a row."""
+        return self.tensors[1] if len(self.tensors) > 1 else None
 
 
 @torch.library.custom_op("tp_runtime::linear_reference", mutates_args=())
@@ -168,6 +176,36 @@ def _prepare_native(
     return PreparedWeight("cpu", n, k, bits, group_size, head, tensors, offset is not None)
 
 
+def join_rows(parts: Sequence[PreparedWeight], *, gated: bool = False) -> PreparedWeight | None:
+    """One weight of all the parts' rows, in order: several linears of one input read in one go.
+
+    gated: of two parts, gate and up; the linear returns silu(gate) * up. Returns None where the parts'
+    kernel cannot join them: not the C++ one, formats that differ, or a part that ends inside a block.
+    """
+    first = parts[0]
+    alike = all(replace(part, n=first.n, tensors=()) == replace(first, tensors=()) for part in parts)
+    whole = all(part.n % _BLOCK_ROWS == 0 for part in (parts if gated else parts[:-1]))
+    if first.kind != "cpu" or not alike or not whole or (gated and parts[0].n != parts[1].n):
+        return None
+    n = sum(part.n for part in parts)
+    blocks = sum(-(-part.n // _BLOCK_ROWS) for part in parts)
+    num_bytes = sum(part.tensors[0].numel() for part in parts)
+    packed = torch.ops.tp_cpu.join_packed(
+        [part.tensors[0] for part in parts], max(1, num_bytes // max(1, blocks))
+    )
+    scales = [part.channel_scale for part in parts if part.channel_scale is not None]
+    tensors = (packed, torch.cat(scales)) if scales else (packed,)
+    return replace(first, n=n, tensors=tensors, gated=gated)
+
+
+def lookup(ids: Tensor, prepared: PreparedWeight) -> Tensor:
+    """Rows of a "cpu" weight, in fp32. ids: integers [...] below n. Returns [..., k]."""
+    p = prepared
+    shape = (p.n, p.k, p.bits, p.group_size, p.head, p.asymmetric)
+    rows = torch.ops.tp_cpu.packed_rows(ids.reshape(-1).long(), p.tensors[0], p.channel_scale, *shape)
+    return rows.view(*ids.shape, p.k)
+
+
 def _pack_aten_int4(q: Tensor, scale: Tensor, offset: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
     packed = torch._convert_weight_to_int4pack_for_cpu(reference.unpack_nibbles(q, k).int(), 1)
     scale = scale.float()
@@ -181,12 +219,10 @@ def weight_only_linear(x: Tensor, prepared: PreparedWeight) -> Tensor:
     tensors = prepared.tensors
     if prepared.kind == "cpu":
         p = prepared
-        channel_scale = tensors[1] if len(tensors) > 1 else None
-        return torch.ops.tp_cpu.linear(
-            x, tensors[0], channel_scale, p.n, p.k, p.bits, p.group_size, p.head, p.asymmetric, p.gated
-        )
+        shape = (p.n, p.k, p.bits, p.group_size, p.head, p.asymmetric)
+        return torch.ops.tp_cpu.linear(x, tensors[0], p.channel_scale, *shape, p.gated, p.round_activations)
     if prepared.kind == "plain":
-        return torch.nn.functional.linear(x, tensors[0])
+        return torch.nn.functional.linear(x.to(tensors[0].dtype), tensors[0]).to(x.dtype)
     if prepared.kind == "aten_int8":
         return _linear_aten_int8(x, tensors[0], tensors[1])
     if prepared.kind == "aten_int4":
@@ -195,3 +231,54 @@ def weight_only_linear(x: Tensor, prepared: PreparedWeight) -> Tensor:
     return _linear_reference(
         x, tensors[0], tensors[1], offset, prepared.bits, prepared.group_size, prepared.head
     )
+
+
+class PreparedModule(nn.Module):
+    """Holds a prepared weight's tensors as buffers, so that `.to()` and the accounting of bytes see them."""
+
+    def __init__(self, prepared: PreparedWeight) -> None:
+        super().__init__()
+        self._shape = replace(prepared, tensors=())
+        self._buffer_names = [f"packed_{i}" for i in range(len(prepared.tensors))]
+        for name, tensor in zip(self._buffer_names, prepared.tensors, strict=True):
+            self.register_buffer(name, tensor, persistent=False)
+
+    @property
+    def prepared(self) -> PreparedWeight:
+        """The weight, on the buffers as they are now."""
+        return replace(self._shape, tensors=tuple(getattr(self, name) for name in self._buffer_names))
+
+
+class PreparedLinear(PreparedModule):
+    """y = x W^T + bias of a prepared weight.
+
+    bias: floating point [n] or None.
+    """
+
+    def __init__(self, prepared: PreparedWeight, bias: Tensor | None = None) -> None:
+        super().__init__(prepared)
+        self.out_features, self.in_features = prepared.n, prepared.k
+        self.bias: Tensor | None
+        self.register_buffer("bias", bias, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., in_features], fp32, bf16 or fp16. Returns [..., out_features] in x's dtype."""
+        y = weight_only_linear(x, self.prepared)
+        return y if self.bias is None else y + self.bias
+
+    def extra_repr(self) -> str:
+        shape = self._shape
+        return f"in_features={shape.k}, out_features={shape.n}, bits={shape.bits}, kernel={shape.kind}"
+
+
+class PreparedEmbedding(PreparedModule):
+    """ids -> rows of a prepared "cpu" weight, in `dtype`: an embedding that shares the head's table."""
+
+    def __init__(self, prepared: PreparedWeight, dtype: torch.dtype) -> None:
+        assert prepared.kind == "cpu", f"rows of a {prepared.kind!r} weight cannot be looked up"
+        super().__init__(prepared)
+        self.dtype = dtype
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids: integers [...], each below n. Returns [..., k]."""
+        return lookup(ids, self.prepared).to(self.dtype)

@@ -2,7 +2,8 @@
 
 Tolerances, absolute, on values of size one: fp32 2e-6 (sums in another order), bf16 and fp16 caches and
 queries one rounding of the output, 2^-7 and 2^-10, where rows of many queries go through torch's flash
-attention, which rounds weights as well: twice that.
+attention, which rounds weights as well: twice that. fp32 queries over a bf16 cache: fp32's where a row has
+few queries, bf16's where it has many.
 """
 
 from __future__ import annotations
@@ -105,7 +106,12 @@ def test_like_the_twin(case: Case, dtypes: tuple[torch.dtype, torch.dtype]) -> N
     y, expected = step.attend(case), step.attend(case, "reference", wide=True)
     error = (y.float() - expected).abs()
     print(f"{case} {dtypes}: largest error {error.max():.2e}, mean {error.mean():.2e}")
-    assert y.dtype == dtypes[0] and error.max() <= TOLERANCE[dtypes[0]]
+    many = torch.repeat_interleave(
+        torch.tensor([queries > 16 for queries, _ in case.rows]), step.query_start.diff()
+    )
+    many = torch.cat([many, torch.zeros(case.padding, dtype=torch.bool)])
+    assert y.dtype == dtypes[0] and error[~many].amax() <= TOLERANCE[dtypes[0]]
+    assert not many.any() or error[many].amax() <= TOLERANCE[dtypes[1]]
     assert not y[int(step.query_start[-1]) :].any(), "padding is zero"
 
 

@@ -15,8 +15,16 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
+from tp_runtime.kernels import reference
 from tp_runtime.kernels.cpu import build
-from tp_runtime.kernels.linear import PreparedWeight, prepare, prepare_plain, weight_only_linear
+from tp_runtime.kernels.linear import (
+    PreparedWeight,
+    join_rows,
+    lookup,
+    prepare,
+    prepare_plain,
+    weight_only_linear,
+)
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 # Beyond 16 rows, bf16 activations meet a weight rounded to bf16 once.
@@ -210,3 +218,53 @@ def test_every_instruction_set_gives_the_same_bits(tmp_path) -> None:  # type: i
     for isa, outputs in results.items():
         for case, y, expected in zip(CASES * 2, outputs, results["avx2"], strict=False):
             assert torch.equal(y, expected), f"{isa} differs from avx2 ({case})"
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.n % 16 == 0], ids=str)
+def test_joined_rows_are_the_parts_side_by_side(case: Case) -> None:
+    parts = [case.weights("auto"), replace(case, n=case.n + 3).weights("auto")]
+    joined = join_rows(parts)
+    assert joined is not None and joined.n == 2 * case.n + 3
+    x = torch.randn(3, case.k, generator=torch.Generator().manual_seed(0))
+    expected = torch.cat([weight_only_linear(x, part) for part in parts], dim=-1)
+    assert torch.equal(weight_only_linear(x, joined), expected)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 40])
+def test_joined_gate_and_up(rows: int) -> None:
+    gate, up = Case(8, 0, 0, 48, 100), Case(8, 0, 0, 48, 100)
+    joined = join_rows([gate.weights("auto"), up.weights("auto")], gated=True)
+    assert joined is not None
+    x = torch.randn(rows, 100, generator=torch.Generator().manual_seed(rows))
+    expected = torch.nn.functional.silu(weight_only_linear(x, gate.weights("reference")))
+    expected = expected * weight_only_linear(x, up.weights("reference"))
+    _compare(f"gated, {rows} rows", weight_only_linear(x, joined), expected, 4e-6)
+
+
+def test_parts_that_do_not_join() -> None:
+    whole = Case(8, 0, 0, 48, 100).weights("auto")
+    assert join_rows([Case(8, 0, 0, 17, 100).weights("auto"), whole]) is None, "a part ends inside a block"
+    assert join_rows([whole, Case(8, 32, 0, 48, 100).weights("auto")]) is None, "formats differ"
+    assert join_rows([whole, Case(8, 0, 0, 32, 100).weights("auto")], gated=True) is None, "sizes differ"
+    assert join_rows([Case(8, 0, 0, 48, 100).weights("reference")] * 2) is None, "the twin joins nothing"
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_rows_looked_up_are_the_weights(case: Case) -> None:
+    weight, twin = case.weights("auto"), case.weights("reference")
+    ids = torch.tensor([[0, case.n - 1], [case.n // 2, 0]])
+    offset = twin.tensors[2] if case.asymmetric else None
+    shape = {"bits": case.bits, "group_size": case.group_size, "head": case.head, "k": case.k}
+    expected = reference.dequantize(twin.tensors[0], twin.tensors[1], offset, **shape)[ids]
+    # One rounding more or less where there are offsets.
+    _compare(str(case), lookup(ids, weight), expected, 1e-7 if case.asymmetric else 0.0)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("rows", [1, 16, 40])
+def test_rounded_activations_are_no_worse_than_bf16(case: Case, rows: int) -> None:
+    """Few rows: an error of 2^-14 of each slice's largest value, far under bf16's 2^-9. Many: bf16's own."""
+    weight = replace(case.weights("auto"), round_activations=True)
+    x = torch.randn(rows, case.k, generator=torch.Generator().manual_seed(rows))
+    expected = weight_only_linear(x, case.weights("reference"))
+    _compare(f"{case} {rows} rows", weight_only_linear(x, weight), expected, 2**-12 if rows <= 16 else 2**-7)

@@ -17,8 +17,23 @@ def _linear(
     head: int,
     asymmetric: bool,
     gated: bool,
+    round_activations: bool,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], n // 2 if gated else n))
+
+
+def _packed_rows(
+    ids: Tensor,
+    packed: Tensor,
+    channel_scale: Tensor | None,
+    n: int,
+    k: int,
+    bits: int,
+    group_size: int,
+    head: int,
+    asymmetric: bool,
+) -> Tensor:
+    return packed.new_empty((ids.shape[0], k), dtype=torch.float32)
 
 
 def _paged_attention(
@@ -41,5 +56,6 @@ def _cache_write(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: 
 def register_fakes() -> None:
     """Tell torch about them. The library that defines the ops must be loaded."""
     torch.library.register_fake("tp_cpu::linear", _linear)
+    torch.library.register_fake("tp_cpu::packed_rows", _packed_rows)
     torch.library.register_fake("tp_cpu::paged_attention", _paged_attention)
     torch.library.register_fake("tp_cpu::cache_write", _cache_write)

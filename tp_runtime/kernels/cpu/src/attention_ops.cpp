@@ -13,6 +13,7 @@
 #include "attention.h"
 #include "isa.h"
 #include "memory.h"
+#include "ops.h"
 #include "scalar.h"
 #include "torch_dtype.h"
 
@@ -43,9 +44,12 @@ struct Step {
 void attend_many(const Step& step, const Row& row, Tensor& out) {
   const int64_t block_size = step.keys.size(2), num_blocks = (row.context + block_size - 1) / block_size;
   const Tensor blocks = step.block_table.select(0, row.index).narrow(0, 0, num_blocks).to(at::kLong);
+  // Against a bf16 cache, queries are rounded to bf16 too: the matrix units multiply nothing finer.
+  const bool bf16 = step.keys.scalar_type() == at::kBFloat16 && step.q.scalar_type() == at::kFloat;
+  const auto dtype = bf16 ? at::kBFloat16 : step.q.scalar_type();
   const auto gathered = [&](const Tensor& cache) {
     const Tensor rows = cache.index_select(0, blocks).permute({1, 0, 2, 3}).reshape({cache.size(1), -1, cache.size(3)});
-    return rows.narrow(1, 0, row.context).to(step.q.scalar_type()).unsqueeze(0);
+    return rows.narrow(1, 0, row.context).to(dtype).unsqueeze(0);
   };
   std::optional<Tensor> mask;
   const bool whole = row.num_queries == row.context && (step.window == 0 || row.context <= step.window);
@@ -54,7 +58,7 @@ void attend_many(const Step& step, const Row& row, Tensor& out) {
     const Tensor age = query.sub(at::arange(row.context, at::kLong).unsqueeze(0));
     mask = step.window == 0 ? age.ge(0) : age.ge(0).logical_and(age.lt(step.window));
   }
-  const Tensor q = step.q.narrow(0, row.first_query, row.num_queries).transpose(0, 1).unsqueeze(0);
+  const Tensor q = step.q.narrow(0, row.first_query, row.num_queries).to(dtype).transpose(0, 1).unsqueeze(0);
   const Tensor y = at::scaled_dot_product_attention(q, gathered(step.keys), gathered(step.values), mask, 0.0, whole,
                                                     step.scale, /*enable_gqa=*/true);
   out.narrow(0, row.first_query, row.num_queries).copy_(y.squeeze(0).transpose(0, 1));
@@ -156,6 +160,8 @@ void attend_few(const Step& step, const std::vector<Row>& rows, Tensor& out) {
   }
 }
 
+}  // namespace
+
 Tensor paged_attention(const Tensor& q, const Tensor& keys, const Tensor& values, const Tensor& block_table,
                        const Tensor& query_start, const Tensor& context_lens, double scale, int64_t window) {
   TORCH_CHECK(q.dim() == 3 && keys.dim() == 4 && keys.is_contiguous() && values.is_contiguous() &&
@@ -187,6 +193,8 @@ Tensor paged_attention(const Tensor& q, const Tensor& keys, const Tensor& values
   if (!few.empty()) attend_few(step, few, out);
   return out;
 }
+
+namespace {
 
 void cache_write(const Tensor& k, const Tensor& v, Tensor& keys, Tensor& values, const Tensor& slots) {
   TORCH_CHECK(k.dim() == 3 && k.sizes() == v.sizes() && keys.dim() == 4 && keys.sizes() == values.sizes() &&

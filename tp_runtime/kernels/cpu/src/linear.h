@@ -3,7 +3,8 @@
 //
 // Quantised weights meet the activations as integers. Each row's slice of 32 activations becomes 15-bit
 // fixed point under a power-of-two scale (a bf16 value is exact unless it is under 1/64 of its slice's
-// largest; the error is below 2^-14 of that largest), fp32 and fp16 take two such terms (28 bits). Products
+// largest; the error is below 2^-14 of that largest), fp32 and fp16 take two such terms (28 bits), or one where
+// bf16's precision is all that is asked for. Products
 // and the sums over a slice are then exact, and slices are added in fp32 in order.
 // Plain weights (bf16, fp32) are multiplied and added in fp32, even and odd columns apart.
 #pragma once
@@ -16,11 +17,13 @@
 namespace tp {
 
 constexpr int kMaxTermRows = 32;     // rows times fixed-point terms one call takes
-constexpr int kMaxStreams = 4;       // blocks a thread walks at once
+constexpr int kMaxStreams = 6;       // blocks a thread walks at once
 constexpr int kFixedSliceBytes = 64; // one row's slice of fixed-point activations
 
 // Fixed-point terms a row of activations takes against this weight.
-inline int terms_of(Dtype dtype, const WeightShape& shape) { return shape.bits <= 8 && dtype != Dtype::kBfloat16 ? 2 : 1; }
+inline int terms_of(Dtype dtype, const WeightShape& shape, bool round_activations) {
+  return shape.bits <= 8 && dtype != Dtype::kBfloat16 && !round_activations ? 2 : 1;
+}
 
 // Rows of activations as a kernel wants them; row m's terms are term rows m * terms, m * terms + 1.
 struct Activations {

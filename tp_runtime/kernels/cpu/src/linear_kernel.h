@@ -192,7 +192,7 @@ void quantised_pass(const WeightShape& shape, const Activations& x, const uint8_
   bool first = true;
   for (int64_t slice = 0; slice < slices; ++slice) {
     for (int r = 0; r < streams; ++r) {
-      prefetch<kSliceBytes>(w[r] + kPrefetchBytes);
+      prefetch<kSliceBytes + (kGrouped ? 64 : 0)>(w[r] + kPrefetchBytes);  // scales lie between slices
       add_fixed_rows<kBits, kRows>(w[r], x, slice, first, kGrouped ? group_sums[r] : sums[r]);
       w[r] += kSliceBytes;
     }

@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstring>
 #include <optional>
 #include <utility>
 #include <vector>
@@ -18,6 +19,7 @@
 #include "linear.h"
 #include "many_rows.h"
 #include "memory.h"
+#include "ops.h"
 #include "torch_dtype.h"
 
 namespace tp {
@@ -35,9 +37,9 @@ const LinearKernels& kernels() {
   return isa >= Isa::kAvx512 ? linear_avx512 : linear_avx2;
 }
 
-Activations allocate(const WeightShape& shape, int64_t rows, Dtype dtype) {
+Activations allocate(const WeightShape& shape, int64_t rows, int terms) {
   Activations x;
-  x.terms = terms_of(dtype, shape);
+  x.terms = terms;
   x.term_rows = static_cast<int>(rows) * x.terms;
   const size_t cells = shape.slices() * x.term_rows, groups = shape.groups() * x.term_rows;
   Scratch& scratch = Scratch::of_thread();
@@ -78,9 +80,9 @@ Claims* claims_of_thread(int threads) {
 
 // Few rows: all threads prepare the activations, wait for each other, and run: first their own share, then
 // what others have left (cores differ in speed when something else uses them).
-void few_rows(const WeightShape& shape, const Input& input, const uint8_t* packed, const Output& out) {
+void few_rows(const WeightShape& shape, const Input& input, const uint8_t* packed, const Output& out, int terms) {
   const LinearKernels& kernel = kernels();
-  const Activations activations = allocate(shape, out.rows, input.dtype);
+  const Activations activations = allocate(shape, out.rows, terms);
   const int64_t blocks = out.gated ? shape.blocks() / 2 : shape.blocks();
   const int runs = out.gated ? kMaxStreams / 2 : kMaxStreams;
   const bool small = static_cast<int64_t>(shape.blocks() * shape.block_bytes()) < 2 * kGrainBytes;
@@ -115,27 +117,29 @@ void few_rows(const WeightShape& shape, const Input& input, const uint8_t* packe
   }
 }
 
-// Many rows on AMX: bf16 activations against anything but fp32 weights.
-bool takes_tiles(const WeightShape& shape, const Tensor& x) {
-  return active_isa() == Isa::kAmx && x.scalar_type() == at::kBFloat16 && shape.bits <= 16 && shape.k > 0;
+// Many rows on AMX: bf16 activations, or fp32 ones that may be rounded to it, against anything but fp32 weights.
+bool takes_tiles(const WeightShape& shape, const Tensor& x, bool round_activations) {
+  const bool takes = x.scalar_type() == at::kBFloat16 || (round_activations && x.scalar_type() == at::kFloat);
+  return active_isa() == Isa::kAmx && takes && shape.bits <= 16 && shape.k > 0;
 }
 
 void many_rows_tiled(const WeightShape& shape, const Tensor& x, const uint8_t* packed, const float* channel_scale,
-                     Tensor& y) {
+                     bool gated, Tensor& y) {
   const int64_t rows = x.size(0), row_tiles = (rows + 31) / 32 * 2;
-  const Input input{x.const_data_ptr(), Dtype::kBfloat16, rows, x.stride(0)};
-  const Tensor tiles = at::empty({row_tiles * 16, shape.slices() * kSliceCols}, x.options());
+  const Input input{x.const_data_ptr(), dtype_of(x), rows, x.stride(0)};
+  const Tensor tiles = at::empty({row_tiles * 16, shape.slices() * kSliceCols}, x.options().dtype(at::kBFloat16));
   auto* tile_data = static_cast<uint16_t*>(tiles.data_ptr());
   at::parallel_for(0, row_tiles, 1,
                    [&](int64_t begin, int64_t end) { many_rows_amx.pack(shape, input, tile_data, begin, end); });
-  const Output out{y.data_ptr(), Dtype::kBfloat16, rows, y.stride(0), channel_scale, false};
-  const int64_t panels = (shape.blocks() + kPanelBlocks - 1) / kPanelBlocks;
+  const Output out{y.data_ptr(), dtype_of(y), rows, y.stride(0), channel_scale, gated};
+  const int64_t blocks = gated ? shape.blocks() / 2 : shape.blocks(), each = gated ? kPanelBlocks / 2 : kPanelBlocks;
+  const int64_t panels = (blocks + each - 1) / each;
   at::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
     Scratch& scratch = Scratch::of_thread();
     const size_t floats = row_tiles * 16 * kPanelBlocks * kBlockRows;
     scratch.reserve(floats * sizeof(float));
-    many_rows_amx.run(shape, packed, tile_data, out, begin * kPanelBlocks,
-                      std::min(end * kPanelBlocks, shape.blocks()), scratch.take<float>(floats));
+    many_rows_amx.run(shape, packed, tile_data, out, begin * each, std::min(end * each, blocks),
+                      scratch.take<float>(floats));
   });
 }
 
@@ -162,8 +166,10 @@ void many_rows(const WeightShape& shape, const Tensor& x, const uint8_t* packed,
   }
 }
 
+}  // namespace
+
 Tensor linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& channel_scale, int64_t n, int64_t k,
-              int64_t bits, int64_t group_size, int64_t head, bool asymmetric, bool gated) {
+              int64_t bits, int64_t group_size, int64_t head, bool asymmetric, bool gated, bool round_activations) {
   const WeightShape shape{n, k, static_cast<int>(bits), static_cast<int>(group_size), static_cast<int>(head),
                           asymmetric};
   TORCH_CHECK(x.dim() >= 1 && x.size(-1) == k, "x ends in ", x.size(-1), " columns, the weight has ", k);
@@ -181,20 +187,23 @@ Tensor linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>
   const Tensor from = x.is_contiguous() ? x : x.contiguous();
   if (rows <= kFewRows) {
     const Input input{from.const_data_ptr(), dtype_of(x), rows, k};
-    few_rows(shape, input, weight, Output{y.data_ptr(), dtype_of(x), rows, width, scale, gated});
+    few_rows(shape, input, weight, Output{y.data_ptr(), dtype_of(x), rows, width, scale, gated},
+             terms_of(dtype_of(x), shape, round_activations));
     return y;
   }
   const Tensor x_2d = from.view({rows, k});
   Tensor y_2d = y.view({rows, width});
-  Tensor full = gated ? at::empty({rows, n}, x.options()) : y_2d;
-  if (takes_tiles(shape, x_2d)) {
-    many_rows_tiled(shape, x_2d, weight, scale, full);
-  } else {
-    many_rows(shape, x_2d, weight, scale, full);
+  if (takes_tiles(shape, x_2d, round_activations)) {
+    many_rows_tiled(shape, x_2d, weight, scale, gated, y_2d);
+    return y;
   }
+  Tensor full = gated ? at::empty({rows, n}, x.options()) : y_2d;
+  many_rows(shape, x_2d, weight, scale, full);
   if (gated) at::mul_out(y_2d, at::silu(full.narrow(1, 0, width)), full.narrow(1, width, width));
   return y;
 }
+
+namespace {
 
 Tensor pack_quantized_op(const Tensor& q, const Tensor& scale, const std::optional<Tensor>& offset, int64_t n,
                          int64_t k, int64_t bits, int64_t group_size, int64_t head) {
@@ -230,23 +239,72 @@ Tensor pack_plain_op(const Tensor& w) {
   return packed;
 }
 
+// Packed weights of whole blocks, one over the other: the blocks of all, in order.
+Tensor join_packed(at::TensorList parts, int64_t block_bytes) {
+  int64_t blocks = 0;
+  std::vector<std::pair<int64_t, const uint8_t*>> starts;
+  for (const Tensor& part : parts) {
+    TORCH_CHECK(part.is_contiguous() && part.numel() % block_bytes == 0, "a part is no whole number of blocks");
+    starts.emplace_back(blocks, part.const_data_ptr<uint8_t>());
+    blocks += part.numel() / block_bytes;
+  }
+  Tensor joined = empty_weight(blocks * block_bytes);
+  auto* out = joined.data_ptr<uint8_t>();
+  // The threads that will read the blocks touch them first.
+  at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+    size_t part = 0;
+    for (int64_t block = begin; block < end; ++block) {
+      while (part + 1 < starts.size() && starts[part + 1].first <= block) ++part;
+      std::memcpy(out + block * block_bytes, starts[part].second + (block - starts[part].first) * block_bytes,
+                  block_bytes);
+    }
+  });
+  return joined;
+}
+
+// Rows `ids` of a packed weight in fp32, [ids, k]: an embedding that shares its table with the head.
+Tensor packed_rows(const Tensor& ids, const Tensor& packed, const std::optional<Tensor>& channel_scale, int64_t n,
+                   int64_t k, int64_t bits, int64_t group_size, int64_t head, bool asymmetric) {
+  const WeightShape shape{n, k, static_cast<int>(bits), static_cast<int>(group_size), static_cast<int>(head),
+                          asymmetric};
+  TORCH_CHECK(ids.dim() == 1 && ids.is_contiguous() && ids.scalar_type() == at::kLong, "ids are int64 [T]");
+  TORCH_CHECK(packed.numel() == static_cast<int64_t>(shape.blocks() * shape.block_bytes()), "the packed weight is cut");
+  Tensor rows = at::empty({ids.size(0), k}, packed.options().dtype(at::kFloat));
+  const auto* id = ids.const_data_ptr<int64_t>();
+  const auto* weight = packed.const_data_ptr<uint8_t>();
+  const float* scale = channel_scale.has_value() ? channel_scale->const_data_ptr<float>() : nullptr;
+  auto* out = rows.data_ptr<float>();
+  for (int64_t i = 0; i < ids.size(0); ++i) TORCH_CHECK(id[i] >= 0 && id[i] < n, "row ", id[i], " of ", n);
+  at::parallel_for(0, ids.size(0), 4, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) unpack_row(shape, weight, scale, out + i * k, id[i]);
+  });
+  return rows;
+}
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(tp_cpu, m) {
   m.def(
       "linear(Tensor x, Tensor packed, Tensor? channel_scale, int n, int k, int bits, int group_size, int head, "
-      "bool asymmetric, bool gated) -> Tensor",
+      "bool asymmetric, bool gated, bool round_activations) -> Tensor",
       {at::Tag::pt2_compliant_tag});
   m.def(
       "pack_quantized(Tensor q, Tensor scale, Tensor? offset, int n, int k, int bits, int group_size, int head) -> "
       "Tensor");
   m.def("pack_plain(Tensor w) -> Tensor");
+  m.def("join_packed(Tensor[] parts, int block_bytes) -> Tensor");
+  m.def(
+      "packed_rows(Tensor ids, Tensor packed, Tensor? channel_scale, int n, int k, int bits, int group_size, int head, "
+      "bool asymmetric) -> Tensor",
+      {at::Tag::pt2_compliant_tag});
 }
 
 TORCH_LIBRARY_IMPL(tp_cpu, CPU, m) {
   m.impl("linear", &linear);
   m.impl("pack_quantized", &pack_quantized_op);
   m.impl("pack_plain", &pack_plain_op);
+  m.impl("join_packed", &join_packed);
+  m.impl("packed_rows", &packed_rows);
 }
 
 }  // namespace tp

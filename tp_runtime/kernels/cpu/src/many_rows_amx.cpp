@@ -6,6 +6,7 @@
 // The vectors come first: what follows is written in their terms.
 #include "scalar.h"
 #include "tiles.h"
+#include "vector_math.h"
 
 namespace tp {
 namespace {
@@ -129,15 +130,32 @@ inline void multiply(const uint16_t* x, int64_t x_stride, const uint16_t* w0, co
   _tile_stored(3, lower + 16, kStride);
 }
 
-void store_panel(const WeightShape& shape, const Output& out, int64_t first_block, int64_t blocks, const float* sums) {
+// The blocks of one panel. Gated: half of them of the gate, half of as many columns of the up part.
+struct PanelBlocks {
+  int64_t first, count, half;  // half: blocks of the gate, 0: not gated
+
+  int64_t outputs() const { return half ? count / 2 : count; }
+  int64_t at(int64_t b) const { return half && b >= count / 2 ? first + half + b - count / 2 : first + b; }
+};
+
+void store_panel(const WeightShape& shape, const Output& out, const PanelBlocks& blocks, const float* sums) {
+  const auto value = [&](int64_t row, int64_t b) {
+    const Floats y = load(sums + (row * kPanelBlocks + b) * kBlockRows);
+    return out.channel_scale == nullptr ? y : mul(y, load(out.channel_scale + blocks.at(b) * kBlockRows));
+  };
+  const int64_t width = blocks.half ? shape.n / 2 : shape.n;
   for (int64_t row = 0; row < out.rows; ++row) {
-    for (int64_t b = 0; b < blocks; ++b) {
-      const int64_t col = (first_block + b) * kBlockRows, left = shape.n - col;
-      Floats y = load(sums + (row * kPanelBlocks + b) * kBlockRows);
-      if (out.channel_scale != nullptr) y = mul(y, load(out.channel_scale + col));
+    for (int64_t b = 0; b < blocks.outputs(); ++b) {
+      const int64_t col = (blocks.first + b) * kBlockRows, left = width - col;
+      Floats y = value(row, b);
+      if (blocks.half) y = mul(silu(y), value(row, b + blocks.outputs()));
       const __mmask16 wanted = left >= kBlockRows ? 0xffff : static_cast<__mmask16>((1 << left) - 1);
-      _mm256_mask_storeu_epi16(static_cast<uint16_t*>(out.y) + row * out.stride + col, wanted,
-                               (__m256i)_mm512_cvtneps_pbh(y));
+      const int64_t at = row * out.stride + col;
+      if (out.dtype == Dtype::kFloat32) {
+        _mm512_mask_storeu_ps(static_cast<float*>(out.y) + at, wanted, y);
+      } else {
+        _mm256_mask_storeu_epi16(static_cast<uint16_t*>(out.y) + at, wanted, (__m256i)_mm512_cvtneps_pbh(y));
+      }
     }
   }
 }
@@ -156,36 +174,36 @@ inline void fetch_share(const uint8_t* from, size_t bytes, int64_t share, int64_
 }
 
 void run_panel(const WeightShape& shape, const uint8_t* weight, const uint16_t* x, const Output& out,
-               int64_t first_block, int64_t blocks, float* sums) {
+               const PanelBlocks& blocks, float* sums) {
   static thread_local Panel panel;
   const int64_t slices = shape.slices(), row_pairs = (out.rows + 31) / 32, x_stride = slices * kTileElements;
   const uint16_t* tiles[kPanelBlocks];
   for (int64_t slice = 0; slice < slices; slice += kPanelSlices) {
     const int64_t last = slice + kPanelSlices < slices ? slice + kPanelSlices : slices;
     for (int64_t b = 0; b < kPanelBlocks; ++b) {
-      const uint8_t* block = weight + (first_block + (b < blocks ? b : 0)) * shape.block_bytes();
+      const uint8_t* block = weight + blocks.at(b < blocks.count ? b : 0) * shape.block_bytes();
       if (shape.bits == 16) {
         tiles[b] = reinterpret_cast<const uint16_t*>(block) + slice * kTileElements;
       } else {
-        if (b < blocks) unpack_block(shape, block, slice, last, panel.tiles[b][0]);
-        tiles[b] = panel.tiles[b < blocks ? b : 0][0];
+        if (b < blocks.count) unpack_block(shape, block, slice, last, panel.tiles[b][0]);
+        tiles[b] = panel.tiles[b < blocks.count ? b : 0][0];
       }
     }
     for (int64_t pair = 0; pair < row_pairs; ++pair) {
       const uint16_t* rows = x + pair * 2 * x_stride + slice * kTileElements;
-      for (int64_t b = 0; b < blocks; ++b) {
+      for (int64_t b = 0; b < blocks.count; ++b) {
         const size_t bytes = (last - slice) * (shape.slice_bytes() + shape.scale_bytes());
-        const uint8_t* block = weight + (first_block + b) * shape.block_bytes();
+        const uint8_t* block = weight + blocks.at(b) * shape.block_bytes();
         const size_t ahead = slice * shape.slice_bytes() + bytes;
         fetch_share(block + ahead, bytes, pair, row_pairs);
       }
       float* to = sums + pair * 32 * kPanelBlocks * kBlockRows;
-      for (int64_t b = 0; b < blocks; b += 2) {
+      for (int64_t b = 0; b < blocks.count; b += 2) {
         multiply(rows, x_stride, tiles[b], tiles[b + 1], last - slice, slice == 0, to + b * kBlockRows);
       }
     }
   }
-  store_panel(shape, out, first_block, blocks, sums);
+  store_panel(shape, out, blocks, sums);
 }
 
 void run(const WeightShape& shape, const uint8_t* weight, const uint16_t* x, const Output& out, int64_t begin,
@@ -193,13 +211,25 @@ void run(const WeightShape& shape, const uint8_t* weight, const uint16_t* x, con
   TileConfig config;
   for (int tile = 0; tile < 8; ++tile) config.set(tile, 16, 64);
   const Tiles configured(config);
-  for (int64_t block = begin; block < end; block += kPanelBlocks) {
-    run_panel(shape, weight, x, out, block, end - block < kPanelBlocks ? end - block : kPanelBlocks, sums);
+  const int64_t half = out.gated ? shape.blocks() / 2 : 0, step = out.gated ? kPanelBlocks / 2 : kPanelBlocks;
+  for (int64_t block = begin; block < end; block += step) {
+    const int64_t count = end - block < step ? end - block : step;
+    run_panel(shape, weight, x, out, PanelBlocks{block, out.gated ? 2 * count : count, half}, sums);
   }
 }
 
-void pack(const WeightShape& shape, const Input& input, uint16_t* tiles, int64_t begin, int64_t end) {
-  const auto* x = static_cast<const uint16_t*>(input.x);
+inline void copy_bf16(const uint16_t* from, int64_t count, uint16_t* to) { std::memcpy(to, from, count * 2); }
+inline void copy_bf16(const float* from, int64_t count, uint16_t* to) {
+  for (int64_t i = 0; i < count; i += 16) {
+    const __mmask16 wanted = count - i >= 16 ? 0xffff : static_cast<__mmask16>((1 << (count - i)) - 1);
+    const Floats x = _mm512_maskz_loadu_ps(wanted, from + i);
+    _mm256_mask_storeu_epi16(to + i, wanted, (__m256i)_mm512_cvtneps_pbh(x));
+  }
+}
+
+template <typename T>
+void pack_as(const WeightShape& shape, const Input& input, uint16_t* tiles, int64_t begin, int64_t end) {
+  const auto* x = static_cast<const T*>(input.x);
   for (int64_t tile = begin; tile < end; ++tile) {
     for (int64_t slice = 0; slice < shape.slices(); ++slice) {
       uint16_t* to = tiles + (tile * shape.slices() + slice) * kTileElements;
@@ -208,9 +238,17 @@ void pack(const WeightShape& shape, const Input& input, uint16_t* tiles, int64_t
       for (int row = 0; row < 16; ++row, to += kSliceCols) {
         const int64_t from = tile * 16 + row;
         if (from >= input.rows || first > 0 || last < kSliceCols) std::memset(to, 0, kSliceCols * 2);
-        if (from < input.rows) std::memcpy(to + first, x + from * input.stride + col + first, (last - first) * 2);
+        if (from < input.rows) copy_bf16(x + from * input.stride + col + first, last - first, to + first);
       }
     }
+  }
+}
+
+void pack(const WeightShape& shape, const Input& input, uint16_t* tiles, int64_t begin, int64_t end) {
+  if (input.dtype == Dtype::kFloat32) {
+    pack_as<float>(shape, input, tiles, begin, end);
+  } else {
+    pack_as<uint16_t>(shape, input, tiles, begin, end);
   }
 }
 

@@ -88,23 +88,16 @@ void pack_plain_as(const WeightShape& shape, const T* from, int64_t row_stride, 
   }
 }
 
-// One slice as integers less the zero point, or as floats: out is [32][16].
-void slice_values(const WeightShape& shape, const uint8_t* from, float* out) {
-  const int zero = zero_point(shape);
-  for (int col = 0; col < kSliceCols; ++col) {
-    for (int lane = 0; lane < kBlockRows; ++lane) {
-      float value = 0;
-      if (shape.bits == 8) {
-        value = static_cast<float>(from[col / 4 * 64 + lane * 4 + col % 4] - zero);
-      } else if (shape.bits == 4) {
-        value = static_cast<float>(((from[col / 8 * 64 + lane * 4 + col % 4] >> (col / 4 % 2 * 4)) & 15) - zero);
-      } else if (shape.bits == 16) {
-        value = from_bf16(reinterpret_cast<const uint16_t*>(from)[col / 2 * 32 + lane * 2 + col % 2]);
-      } else {
-        value = reinterpret_cast<const float*>(from)[col * kBlockRows + lane];
-      }
-      out[col * kBlockRows + lane] = value;
+// One value of a slice: an integer less the zero point, or a float.
+inline float slice_value(const WeightShape& shape, const uint8_t* from, int col, int64_t lane) {
+  switch (shape.bits) {
+    case 8: return static_cast<float>(from[col / 4 * 64 + lane * 4 + col % 4] - 128);
+    case 4: {
+      const int nibble = (from[col / 8 * 64 + lane * 4 + col % 4] >> (col / 4 % 2 * 4)) & 15;
+      return static_cast<float>(nibble - zero_point(shape));
     }
+    case 16: return from_bf16(reinterpret_cast<const uint16_t*>(from)[col / 2 * 32 + lane * 2 + col % 2]);
+    default: return reinterpret_cast<const float*>(from)[col * kBlockRows + lane];
   }
 }
 
@@ -120,14 +113,14 @@ float from_half(uint16_t x) {
   return from_bits(bits_of(scaled) | sign);
 }
 
+// Lanes [first_lane, last_lane) of the blocks, one row of `out` each.
 template <typename T>
 void unpack_as(const WeightShape& shape, const uint8_t* packed, const float* channel_scale, T* out, int64_t begin,
-               int64_t end) {
-  alignas(64) float values[kSliceCols * kBlockRows];
+               int64_t end, int64_t first_lane, int64_t last_lane) {
   const int64_t groups = shape.grouped() ? shape.groups() : 1;
   for (int64_t block = begin; block < end; ++block) {
     const uint8_t* at = packed + block * shape.block_bytes();
-    const int64_t rows = shape.n - block * kBlockRows < kBlockRows ? shape.n - block * kBlockRows : kBlockRows;
+    const int64_t left = shape.n - block * kBlockRows, lanes = left < last_lane ? left : last_lane;
     int64_t slice = 0;
     for (int64_t group = 0; group < groups; ++group) {
       const int64_t count = shape.grouped() ? shape.group_slices(group) : shape.slices();
@@ -139,12 +132,12 @@ void unpack_as(const WeightShape& shape, const uint8_t* packed, const float* cha
         offset[lane] = shape.asymmetric ? from_half(halves[kBlockRows + lane]) : 0.0f;
       }
       for (int64_t i = 0; i < count; ++i, ++slice, at += shape.slice_bytes()) {
-        slice_values(shape, at, values);
         const int64_t first = slice * kSliceCols - shape.shift();
-        for (int64_t lane = 0; lane < rows; ++lane) {
-          T* row = out + ((block - begin) * kBlockRows + lane) * shape.k;
+        for (int64_t lane = first_lane; lane < lanes; ++lane) {
+          T* row = out + ((block - begin) * kBlockRows + lane - first_lane) * shape.k;
           for (int64_t col = first < 0 ? 0 : first; col < first + kSliceCols && col < shape.k; ++col) {
-            assign(row + col, values[(col - first) * kBlockRows + lane] * scale[lane] + offset[lane]);
+            const float value = slice_value(shape, at, static_cast<int>(col - first), lane);
+            assign(row + col, value * scale[lane] + offset[lane]);
           }
         }
       }
@@ -157,12 +150,17 @@ void unpack_as(const WeightShape& shape, const uint8_t* packed, const float* cha
 
 void unpack(const WeightShape& shape, const uint8_t* packed, const float* channel_scale, float* out, int64_t begin,
             int64_t end) {
-  unpack_as(shape, packed, channel_scale, out, begin, end);
+  unpack_as(shape, packed, channel_scale, out, begin, end, 0, kBlockRows);
 }
 
 void unpack(const WeightShape& shape, const uint8_t* packed, const float* channel_scale, uint16_t* out, int64_t begin,
             int64_t end) {
-  unpack_as(shape, packed, channel_scale, out, begin, end);
+  unpack_as(shape, packed, channel_scale, out, begin, end, 0, kBlockRows);
+}
+
+void unpack_row(const WeightShape& shape, const uint8_t* packed, const float* channel_scale, float* out, int64_t row) {
+  const int64_t block = row / kBlockRows, lane = row % kBlockRows;
+  unpack_as(shape, packed, channel_scale, out, block, block + 1, lane, lane + 1);
 }
 
 void pack_quantized(const WeightShape& shape, const CanonicalWeight& from, uint8_t* out, int64_t begin, int64_t end) {

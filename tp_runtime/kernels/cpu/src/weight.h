@@ -69,5 +69,7 @@ void unpack(const WeightShape& shape, const uint8_t* packed, const float* channe
             int64_t end);
 void unpack(const WeightShape& shape, const uint8_t* packed, const float* channel_scale, uint16_t* out, int64_t begin,
             int64_t end);
+// One row, in fp32.
+void unpack_row(const WeightShape& shape, const uint8_t* packed, const float* channel_scale, float* out, int64_t row);
 
 }  // namespace tp
