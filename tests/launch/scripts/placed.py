@@ -24,13 +24,19 @@ if "all-reduce" in sys.argv:
     import torch
     import torch.distributed as dist
 
+    from tp_runtime import collectives
     from tp_runtime.mesh import init_mesh
 
     init_mesh()
     total = torch.ones(1)
     dist.all_reduce(total)
+    host = int(os.environ["RANK"]) // int(os.environ["LOCAL_WORLD_SIZE"])
+    halves = [dist.new_group([0, 1]), dist.new_group([2, 3])] if dist.get_world_size() == 4 else []
     facts |= {
         "sum": int(total),
+        "whole_job": collectives.attach(dist.group.WORLD),
+        "this_host": collectives.attach(halves[host]) if halves else None,
+        "sum_here": int(collectives.all_reduce(torch.ones(1), halves[host])) if halves else None,
         "threads": torch.get_num_threads(),
         "cpus_after": sorted(os.sched_getaffinity(0)),
     }
