@@ -4,12 +4,42 @@
 #include <ATen/ops/from_blob.h>
 #include <sys/mman.h>
 
+#include <memory>
+#include <mutex>
+
 namespace tp {
 namespace {
 
 constexpr size_t kHugePage = size_t{2} << 20;
+constexpr size_t kChunk = size_t{16} << 20;  // of small weights that share huge pages
 
 size_t rounded(size_t bytes) { return (bytes + 63) / 64 * 64; }
+
+// Untouched memory that begins on a huge page, unmapped with its last owner.
+class Pages {
+ public:
+  explicit Pages(size_t bytes) : mapped_(bytes + kHugePage) {
+    raw_ = mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    TORCH_CHECK(raw_ != MAP_FAILED, "no address space for weights of ", bytes, " bytes");
+    auto* start = static_cast<uint8_t*>(raw_);
+    begin = start + (kHugePage - reinterpret_cast<uintptr_t>(start) % kHugePage) % kHugePage;
+    madvise(begin, bytes, MADV_HUGEPAGE);  // a wish: hosts without huge pages serve small ones
+  }
+  ~Pages() { munmap(raw_, mapped_); }
+  Pages(const Pages&) = delete;
+  Pages& operator=(const Pages&) = delete;
+
+  uint8_t* begin;
+
+ private:
+  void* raw_;
+  size_t mapped_;
+};
+
+at::Tensor tensor_in(std::shared_ptr<Pages> pages, size_t at, int64_t bytes) {
+  uint8_t* start = pages->begin + at;
+  return at::from_blob(start, {bytes}, [pages = std::move(pages)](void*) {}, at::kByte);
+}
 
 }  // namespace
 
@@ -36,14 +66,16 @@ uint8_t* Scratch::take_bytes(size_t bytes) {
 
 at::Tensor empty_weight(int64_t bytes) {
   const size_t size = static_cast<size_t>(bytes);
-  if (size < kHugePage) return at::empty({bytes}, at::kByte);
-  const size_t mapped = size + kHugePage;
-  void* raw = mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  TORCH_CHECK(raw != MAP_FAILED, "no address space for a weight of ", bytes, " bytes");
-  auto* start = static_cast<uint8_t*>(raw);
-  uint8_t* aligned = start + (kHugePage - reinterpret_cast<uintptr_t>(start) % kHugePage) % kHugePage;
-  madvise(aligned, size, MADV_HUGEPAGE);  // a wish: hosts without huge pages serve small ones
-  return at::from_blob(aligned, {bytes}, [raw, mapped](void*) { munmap(raw, mapped); }, at::kByte);
+  if (size == 0) return at::empty({0}, at::kByte);
+  if (size >= kHugePage) return tensor_in(std::make_shared<Pages>(size), 0, bytes);
+  static std::mutex mutex;
+  static std::shared_ptr<Pages> chunk;
+  static size_t used = kChunk;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (used + size > kChunk) chunk = std::make_shared<Pages>(kChunk), used = 0;
+  const size_t at = used;
+  used += rounded(size);
+  return tensor_in(chunk, at, bytes);
 }
 
 }  // namespace tp

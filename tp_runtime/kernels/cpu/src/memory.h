@@ -28,8 +28,8 @@ class Scratch {
   size_t size_ = 0, used_ = 0;
 };
 
-// An untouched uint8 tensor. From 2 MiB on its pages are huge where the host allows it (madvise), which
-// saves the page walks that streams of weights otherwise pay for.
+// An untouched uint8 tensor on huge pages where the host allows it (madvise), which saves the page walks that
+// streams of weights otherwise pay for, and lets hardware prefetchers run on. Small weights share pages.
 at::Tensor empty_weight(int64_t bytes);
 
 }  // namespace tp
