@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..kernels.attention import empty_cache
+
 BLOCK_SIZE = 32
 
 
@@ -45,6 +47,6 @@ class KVCache:
         size = (num_blocks, shape.num_kv_heads, shape.block_size, shape.head_dim)
 
         def make() -> list[Tensor]:
-            return [torch.empty(size, dtype=shape.dtype, device=device) for _ in range(shape.num_layers)]
+            return [empty_cache(size, shape.dtype, device) for _ in range(shape.num_layers)]
 
         self.keys, self.values = make(), make()

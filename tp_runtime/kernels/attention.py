@@ -11,6 +11,9 @@ D head_dim, B blocks a row.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -18,6 +21,14 @@ from . import reference
 from .cpu import build
 
 LANES = 16  # the C++ kernels' vector; head_dim is a multiple of it
+
+
+def empty_cache(shape: Sequence[int], dtype: torch.dtype, device: str) -> Tensor:
+    """Uninitialised memory for a cache; on CPUs on huge pages, where the kernels and the host offer them."""
+    if device == "cpu" and build.available():
+        num_bytes = math.prod(shape) * dtype.itemsize
+        return torch.ops.tp_cpu.empty_weight(num_bytes).view(dtype).view(*shape)
+    return torch.empty(*shape, dtype=dtype, device=device)
 
 
 @torch.compiler.assume_constant_result

@@ -48,10 +48,11 @@ struct Chunk {
 template <typename T>
 void find_rows(const PagedCache& cache, const AttentionItem& item, const void* base, const Chunk& chunk,
                const T** rows) {
-  for (int i = chunk.first; i < chunk.last; ++i) {
-    const int64_t position = chunk.start + i;
-    const int64_t block = item.blocks[position / cache.block_size], place = position % cache.block_size;
-    rows[i] = static_cast<const T*>(base) + cache.at(block, item.head, place);
+  const int64_t position = chunk.start + chunk.first;
+  int64_t index = position / cache.block_size, place = position % cache.block_size;
+  for (int i = chunk.first; i < chunk.last; ++index, place = 0) {
+    const T* row = static_cast<const T*>(base) + cache.at(item.blocks[index], item.head, place);
+    for (; i < chunk.last && place < cache.block_size; ++i, ++place, row += cache.head_dim) rows[i] = row;
   }
 }
 
