@@ -23,7 +23,7 @@ class Script:
     @property
     def command(self) -> list[str]:
         """The words that name it on rank_main's command line."""
-        return [self.name] if self.module is None or self.is_bundled else ["-m", self.module]
+        return ["-m", self.module] if self.name == self.module else [self.name]
 
     @property
     def is_bundled(self) -> bool:

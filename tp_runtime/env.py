@@ -63,6 +63,12 @@ def get(name: str, environ: Mapping[str, str] | None = None) -> str | None:
     return (os.environ if environ is None else environ).get(name, variable.default)
 
 
+def is_set(name: str) -> bool:
+    """Whether a declared variable is in the environment, whatever its default."""
+    assert name in _BY_NAME, f"{name} is not declared"
+    return name in os.environ
+
+
 def get_int(name: str, environ: Mapping[str, str] | None = None) -> int | None:
     """The value as int. Raises ConfigError where it is none."""
     value = get(name, environ)

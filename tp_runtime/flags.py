@@ -19,7 +19,7 @@ from .errors import ConfigError
 from .layout import ALIASES, FORMATS
 
 QUANTS = ("none", *FORMATS, *ALIASES)
-_SPELLED = {"collective_timeout_s": "collective_timeout", "load_timeout_s": "load_timeout"}
+SPELLED = {"collective_timeout_s": "collective_timeout", "load_timeout_s": "load_timeout"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -38,8 +38,16 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}; see {self.prog} --help")
 
 
-def add_engine_flags(parser: argparse.ArgumentParser) -> None:
-    """--model and everything else of EngineConfig."""
+def quant_list(text: str) -> tuple[str, ...]:
+    """Formats, comma-separated. Raises ArgumentTypeError."""
+    found = tuple(word for word in text.split(",") if word)
+    if not found or not set(found) <= set(QUANTS):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of formats; known are {', '.join(QUANTS)}")
+    return found
+
+
+def add_engine_flags(parser: argparse.ArgumentParser, *, several_quants: bool = False) -> None:
+    """--model and everything else of EngineConfig. several_quants: --quant takes a list (benchmarks)."""
     model = parser.add_argument_group("model")
     model.add_argument(
         "--model", metavar="NAME|DIR|FILE.gguf|ORG/NAME", help="default: the demo model, if installed"
@@ -48,9 +56,12 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--random-weights", action="store_true", default=None, help="make weights in place")
     model.add_argument("--layers", type=int, metavar="N", help="keep the first N layers (benchmarks)")
     model.add_argument("--dtype", choices=DTYPES, help="default: bf16 where the hardware has it, else fp32")
-    model.add_argument(
-        "--quant", choices=QUANTS, help="weight-only format; int4 means int4-g32 (default: none)"
-    )
+    if several_quants:
+        model.add_argument("--quant", type=quant_list, metavar="Q,...", help="default: none,int8,int4")
+    else:
+        model.add_argument(
+            "--quant", choices=QUANTS, help="weight-only format; int4 means int4-g32 (default: none)"
+        )
     model.add_argument(
         "--head-quant", choices=QUANTS, help="of head and embedding (default: int8 with any int4)"
     )
@@ -117,7 +128,7 @@ def _from_file(path: str, known: set[str]) -> dict[str, Any]:
 
 def configurations(args: argparse.Namespace) -> tuple[EngineConfig, SamplingParams]:
     """The engine's and the sampler's settings: defaults, then --config's file, then flags."""
-    engine = {_SPELLED.get(f.name, f.name): f.name for f in fields(EngineConfig)}
+    engine = {SPELLED.get(f.name, f.name): f.name for f in fields(EngineConfig)}
     sampling = {name: name for name in SamplingParams.field_names()}
     values = _from_file(args.config, {*engine, *sampling}) if args.config else {}
     given = {name: value for name, value in vars(args).items() if value is not None}

@@ -172,18 +172,20 @@ class LLM:
         for answer in answers:
             batch.add(answer)
         start = first = time.perf_counter()
+        untimed = 0  # tokens that rows drew while others still had none
         while batch.busy:
             batch.admit()
             rows = batch.next_rows()
+            any_first = False
             for answer, logits_V in self._run(rows):
-                first_one = not answer.output
+                any_first |= not answer.output
                 piece = self._accept(answer, logits_V)
-                if first_one:
-                    first = time.perf_counter()
                 if piece and on_text is not None:
                     on_text(index[id(answer)], piece)
+            if any_first:
+                first, untimed = time.perf_counter(), sum(len(answer.output) for answer in answers)
             batch.retire()
-        decoded = sum(len(answer.output) for answer in answers) - len(answers)
+        decoded = sum(len(answer.output) for answer in answers) - untimed
         self.timing = Timing(first - start, time.perf_counter() - first, decoded)
 
     def _run(self, rows: Sequence[tuple[Answer, tuple[int, ...]]]) -> list[tuple[Answer, Tensor]]:

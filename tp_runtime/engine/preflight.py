@@ -34,6 +34,12 @@ def preflight(engine: EngineConfig, sampling: SamplingParams, nproc: int, reques
 
     requests: texts, or lists of chat messages.
     """
+    source, context = preflight_engine(engine, nproc)
+    _refuse_long_prompts(source, requests, context)
+
+
+def preflight_engine(engine: EngineConfig, nproc: int) -> tuple[ModelSource, int]:
+    """The model's source and the context, after refusing what cannot be loaded over `nproc` ranks."""
     _refuse_cache_folder()
     source = _source(engine)
     device = pick_device(engine)
@@ -53,7 +59,7 @@ def preflight(engine: EngineConfig, sampling: SamplingParams, nproc: int, reques
             format_of=formats(engine, stored),
             limits=free_bytes_by_rank(nproc, device),
         ).check(source.name)
-    _refuse_long_prompts(source, requests, context)
+    return source, context
 
 
 def _refuse_cache_folder() -> None:

@@ -1,0 +1,6 @@
+"""What tp-bench measures: kernels, collectives, decoding, scaling over ranks, and the peers.
+
+definitions.py: every figure's meaning. options.py: the command line, without torch. launching.py: starting
+ranks. card.py: what a measurement was taken on. read.py: the read ceiling. The others are a command each;
+predict.py is the analytic model that scaling lays its points over.
+"""

@@ -1,0 +1,165 @@
+"""decode: one model, one format, this job's ranks. definitions.py says what each figure means.
+
+After a warm-up each repetition prefills the batch and decodes --new-tokens tokens of each row through
+LLM.generate, as any caller does: sampling, the step's broadcast and all Python are inside. With a --context
+beyond prompt and answer, decoding starts from prompts that fill it, and prefill keeps its own. Peak memory
+is read after the warm-up, before the memory of the read ceiling is there. The rate of matmuls comes last,
+after the engine has let the ranks go. Every rank makes the same calls.
+"""
+
+from __future__ import annotations
+
+import time
+from argparse import Namespace
+from typing import Any
+
+import psutil
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from ..config import EngineConfig, SamplingParams
+from ..engine.figures import Timing, peak_rss_bytes
+from ..engine.llm import LLM
+from ..models.config import ModelConfig
+from .definitions import (
+    PREFILL_ROWS,
+    Spread,
+    cache_bytes_per_token,
+    ceiling_bytes,
+    is_cache_resident,
+    linears,
+    mbu,
+    prefill_operations,
+)
+from .read import ReadCeiling, total
+
+_MATMUL_PASSES = 3
+
+
+def measure(args: Namespace, engine: EngineConfig) -> tuple[dict[str, Any], bool]:
+    """The document of this job's decoding, the same on every rank, and whether this rank speaks."""
+    with LLM(**engine.to_dict()) as llm:
+        if args.first_token:
+            _generate(llm, args.prompt_tokens, 1, args.batch)
+            return {"first_token_s": time.time() - psutil.Process().create_time()}, llm.rank == 0
+        # A group of our own: rank 0 may send idle messages over the engine's at any time.
+        group = dist.new_group(list(range(llm.world_size)))
+        document = _measured(llm, args, group)
+    rate = matmul_rate(llm.built.model_config, llm.world_size, group)
+    operations = prefill_operations(llm.built.model_config, args.prompt_tokens) * args.batch
+    share = {"prefill_share": operations / document["ttft_s"] / rate, "matmul_tflop_s": rate / 1e12}
+    return document | share, llm.rank == 0
+
+
+def _measured(llm: LLM, args: Namespace, group: dist.ProcessGroup) -> dict[str, Any]:
+    deep = llm.context - args.new_tokens  # tokens a row has when decoding starts
+    _generate(llm, deep, args.new_tokens, args.batch)
+    rss = _of_each_rank(peak_rss_bytes(), group)
+    on_cpu = llm.built.device == "cpu"
+    ceiling = ReadCeiling(args.bytes or ceiling_bytes(), group) if on_cpu else None
+    prefills, decodes = [], []
+    if ceiling is not None:
+        ceiling.read()
+    for _ in range(args.repeat):
+        decoded = _generate(llm, deep, args.new_tokens, args.batch)
+        decodes.append(decoded)
+        same = deep == args.prompt_tokens
+        prefills.append(decoded if same else _generate(llm, args.prompt_tokens, 1, args.batch))
+        if ceiling is not None:
+            ceiling.read()
+    # Rank 0 drives and knows the times; the others take part in its sums with zeros.
+    speeds = [total(timing.tok_s or 0.0, group) for timing in decodes]
+    firsts = [total(timing.ttft_s, group) for timing in prefills]
+    return _document(llm, args, Spread.of(speeds), Spread.of(firsts), ceiling) | {"peak_rss_bytes": rss}
+
+
+def _document(
+    llm: LLM, args: Namespace, speed: Spread, first: Spread, ceiling: ReadCeiling | None
+) -> dict[str, Any]:
+    built, config = llm.built, llm.built.model_config
+    token_bytes = built.weight_bytes_per_token
+    resident = built.device == "cpu" and is_cache_resident(token_bytes)
+    claim = ceiling is not None and not resident
+    return {
+        "model": llm.source.name,
+        "layers": config.num_layers,
+        "random_weights": llm.source.kind == "random",
+        "quant": llm.config.quant,
+        "dtype": built.dtype,
+        "device": built.device,
+        "world_size": llm.world_size,
+        "threads": torch.get_num_threads(),
+        "batch": args.batch,
+        "prompt_tokens": args.prompt_tokens,
+        "new_tokens": args.new_tokens,
+        "context": llm.context,
+        "repeat": args.repeat,
+        "tok_s": speed.median,
+        "tok_s_p10": speed.p10,
+        "tok_s_p90": speed.p90,
+        "ttft_s": first.median,
+        "ttft_s_p10": first.p10,
+        "ttft_s_p90": first.p90,
+        "prefill_tok_s": args.prompt_tokens * args.batch / first.median,
+        "weight_bytes_per_token": token_bytes,
+        "cache_bytes_per_token": cache_bytes_per_token(
+            config, llm.context - args.new_tokens // 2, llm.runner.cache.shape.dtype.itemsize
+        ),
+        "read_ceiling_gb_s": None if ceiling is None else ceiling.best,
+        "read_ceilings_gb_s": None if ceiling is None else ceiling.readings,
+        "mbu": mbu(token_bytes, speed.median, args.batch, ceiling.best) if ceiling and claim else None,
+        "cache_resident": resident,
+        "compile_cold_s": None,
+        "compile_warm_s": None,
+    }
+
+
+def _generate(llm: LLM, num_tokens: int, new_tokens: int, batch: int) -> Timing:
+    """One batch of prompts of `num_tokens`, answered. Ranks that only follow have times of zero."""
+    vocab_size = llm.built.model_config.vocab_size
+    prompt = [1 + place % min(100, vocab_size - 1) for place in range(num_tokens)]
+    llm.generate([prompt] * batch, SamplingParams(max_new_tokens=new_tokens, ignore_eos=True))
+    return llm.timing if llm.timing is not None else Timing(0.0, 0.0, 0)
+
+
+def _of_each_rank(value: int, group: dist.ProcessGroup) -> list[int]:
+    mine = torch.tensor([value], dtype=torch.int64)
+    all_of_them = [torch.empty_like(mine) for _ in range(group.size())]
+    dist.all_gather(all_of_them, mine, group=group)
+    return [int(one) for one in all_of_them]
+
+
+@torch.inference_mode()
+def matmul_rate(config: ModelConfig, world_size: int, group: dist.ProcessGroup) -> float:
+    """Operations a second of the ranks' best oneDNN bf16 matmul of PREFILL_ROWS rows on its shapes."""
+    best = 0.0
+    for n, k in dict.fromkeys((n, k) for _, n, k in linears(config, world_size)):
+        x = torch.randn(PREFILL_ROWS, k).bfloat16()
+        weight = torch.empty(n, k, dtype=torch.bfloat16).normal_()
+        F.linear(x, weight)
+        for _ in range(_MATMUL_PASSES):
+            dist.barrier(group)
+            started = time.perf_counter()
+            F.linear(x, weight)
+            best = max(best, total(2 * PREFILL_ROWS * n * k / (time.perf_counter() - started), group))
+    return best
+
+
+def line(document: dict[str, Any]) -> str:
+    """One measurement for people."""
+    share = document["mbu"]
+    parts = [
+        f"{document['model']} {document['quant']:<9}",
+        f"{document['world_size']} x {document['threads']} threads",
+        f"{document['tok_s']:7.2f} tokens/s ({document['tok_s_p10']:.2f}..{document['tok_s_p90']:.2f})",
+        f"{document['weight_bytes_per_token'] / 1e6:.0f} MB a token",
+    ]
+    if share is not None:
+        parts.append(f"MBU {share:.3f} of {document['read_ceiling_gb_s']:.1f} GB/s")
+    elif document["cache_resident"]:
+        parts.append("weights fit the caches: no MBU")
+    parts.append(f"first token {document['ttft_s']:.3f} s")
+    parts.append(f"prefill {document['prefill_tok_s']:.0f} tokens/s, share {document['prefill_share']:.3f}")
+    parts.append("RSS " + " ".join(f"{peak / 2**30:.2f}" for peak in document["peak_rss_bytes"]) + " GiB")
+    return " | ".join(parts)

@@ -1,0 +1,102 @@
+"""What every figure of the benchmarks means, in one place. No torch.
+
+read ceiling      the best that any of 1, 2, 4 and 8 streams a thread reads, in GB/s (10^9 bytes), over at
+                  least CACHES_READ times the last-level cache, all ranks reading at once (their rates added
+                  up). Taken before and after each case; the larger counts, so that a noisy neighbour during
+                  one of the readings cannot flatter the case.
+kernels           run over rotating copies of their weight, together as large as the memory of the ceiling.
+weight bytes      of a token: the unsharded model's matmul weights and scales at the stated format, a tied
+                  head once, no padding, no copies (engine/figures.py computes it).
+mbu               weight bytes x steps a second / read ceiling. A step makes one token of each row of the
+                  batch and reads the weights once, so at batch 1 steps are tokens. Cache bytes are apart.
+cache resident    a model under CACHE_FACTOR times the last-level cache may live there: no mbu is claimed.
+prefill share     operations done a second over the best oneDNN bf16 matmul of PREFILL_ROWS rows on the
+                  model's own shapes, all ranks at once. Operations: the linears on every prompt token, the
+                  head on the last one only; attention's own are left out, so the share is a lower bound.
+shapes            those the engine runs: q/k/v in one, o, gate and up in one, down, head; a rank's own part.
+bits a weight     of a stored format, its scales included: what peers are compared at.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from ..engine.figures import CACHE_FACTOR, last_level_cache_bytes
+from ..kernels.cpu.read_ceiling import CACHES_READ
+from ..layout import weight_format
+from ..models.config import ModelConfig
+
+PREFILL_ROWS = 512
+CHAIN = 64  # dependent reductions in one compiled chain; the time of one is the chain's over CHAIN
+_PLAIN_BITS = 16  # bf16, where nothing is quantised
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and the 10th and 90th percentiles (linear between the two nearest samples)."""
+
+    median: float
+    p10: float
+    p90: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """Of at least one value."""
+        assert values, "a spread of nothing"
+        return cls(statistics.median(values), quantile(values, 0.1), quantile(values, 0.9))
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    """The value below which `share` of all lie, linear between the two nearest samples."""
+    ordered = sorted(values)
+    at = share * (len(ordered) - 1)
+    low = int(at)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (at - low)
+
+
+def mbu(weight_bytes_per_token: int, tok_s: float, batch: int, read_ceiling_gb_s: float) -> float:
+    """Share of the read ceiling that decoding uses. tok_s: of all rows of the batch together."""
+    return weight_bytes_per_token * tok_s / batch / (read_ceiling_gb_s * 1e9)
+
+
+def is_cache_resident(weight_bytes_per_token: int) -> bool:
+    """Whether the weights may live in this process's last-level caches."""
+    return weight_bytes_per_token < CACHE_FACTOR * last_level_cache_bytes()
+
+
+def ceiling_bytes() -> int:
+    """Memory that a rank reads for the ceiling and rotates its kernels over, by its own CPUs' caches."""
+    return CACHES_READ * max(last_level_cache_bytes(), 1 << 20)
+
+
+def linears(config: ModelConfig, world_size: int = 1) -> Iterator[tuple[str, int, int]]:
+    """(name, n, k) of one rank's linears in a layer, then the head's; an even split."""
+    heads, kv_heads = config.num_heads // world_size, max(1, config.num_kv_heads // world_size)
+    inner = config.intermediate_size // world_size
+    yield "qkv", (heads + 2 * kv_heads) * config.head_dim, config.hidden_size
+    yield "o", config.hidden_size, heads * config.head_dim
+    yield "gate_up", 2 * inner, config.hidden_size
+    yield "down", config.hidden_size, inner
+    yield "head", config.vocab_size // world_size, config.hidden_size
+
+
+def prefill_operations(config: ModelConfig, num_tokens: int) -> int:
+    """Multiplications and additions of one prompt's linears: the head runs on its last token only."""
+    body = sum(2 * n * k for name, n, k in linears(config) if name != "head")
+    return body * config.num_layers * num_tokens + 2 * config.vocab_size * config.hidden_size
+
+
+def cache_bytes_per_token(config: ModelConfig, num_tokens: int, dtype_bytes: int) -> int:
+    """Bytes of keys and values that decoding one token after `num_tokens` cached ones reads, unsharded."""
+    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype_bytes * num_tokens
+
+
+def bits_per_weight(quant: str) -> float:
+    """Bits that a weight of this format takes; a scale a row counts as nothing beside its row."""
+    form = weight_format(quant)
+    if form is None:
+        return float(_PLAIN_BITS)
+    return form.bits + (0 if form.group_size is None else 8 * form.scale_bytes / form.group_size)

@@ -1,0 +1,217 @@
+"""kernels: bandwidth of the linears of few rows and of attention, and speed of the linears of many rows.
+
+definitions.py says what is measured. Shapes are divided over --worlds (default: this job's ranks); in a job
+of several ranks all run each case at once, rates and ceilings are their sums. Of many rows `share` is the
+rate over that of torch's bf16 linear (oneDNN) on the same shape, measured turn by turn.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from ..kernels.attention import paged_attention
+from ..kernels.linear import PreparedWeight, prepare, prepare_plain, weight_only_linear
+from ..layout import weight_format
+from ..models.config import ModelConfig
+from ..models.registry import find
+from .definitions import PREFILL_ROWS, ceiling_bytes, linears
+from .read import ReadCeiling, total
+
+_PASSES = 5
+_BLOCK_SIZE = 32  # tokens of a cache block, as the engine's
+_FEW_ROWS = 16
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What every case needs. num_bytes: what a case rotates over. group: ranks that measure at once."""
+
+    ceiling: ReadCeiling
+    num_bytes: int
+    group: dist.ProcessGroup | None
+
+    def start(self) -> None:
+        """Wait for the other ranks."""
+        if self.group is not None:
+            dist.barrier(self.group)
+
+    def bandwidth(self, run: Callable[[], Any], read: int) -> dict[str, float]:
+        """Rate of `run`, which reads `read` bytes, between two readings of the ceiling."""
+        rates = []
+        self.ceiling.start_case()
+        for _ in range(_PASSES):
+            self.start()
+            started = time.perf_counter()
+            run()
+            rates.append(total(read / (time.perf_counter() - started) / 1e9, self.group))
+        self.ceiling.read()
+        best, ceiling = max(rates), self.ceiling.best
+        return {
+            "gb_s": round(best, 2),
+            "gb_s_median": round(statistics.median(rates), 2),
+            "ceiling_gb_s": round(ceiling, 2),
+            "share": round(best / ceiling, 3),
+        }
+
+
+def random_weight(quant: str, n: int, k: int) -> PreparedWeight:
+    """A prepared weight of random values."""
+    layout = weight_format(quant)
+    if layout is None:
+        return prepare_plain(torch.randn(n, k, dtype=torch.bfloat16))
+    group_size = layout.group_size or 0
+    if layout.bits == 8:
+        q = torch.randint(-127, 128, (n, k), dtype=torch.int8)
+    else:
+        q = torch.randint(0, 256, (n, (k + 1) // 2), dtype=torch.uint8)
+    groups = -(-k // group_size) if group_size else 0
+    scale = torch.rand(n, groups).half() if group_size else torch.rand(n)
+    return prepare(q, scale, None, bits=layout.bits, group_size=group_size, head=0, n=n, k=k)
+
+
+def copies_of(weight: PreparedWeight, num_bytes: int) -> list[PreparedWeight]:
+    """The weight and copies of it, `num_bytes` in all."""
+    packed, *rest = weight.tensors
+
+    def copy() -> PreparedWeight:
+        own = torch.ops.tp_cpu.empty_weight(packed.numel()).copy_(packed)
+        return replace(weight, tensors=(own, *rest))
+
+    return [weight, *(copy() for _ in range(-(-num_bytes // packed.numel()) - 1))]
+
+
+def few_rows(
+    name: str, quant: str, n: int, k: int, rows: list[int], bench: Bench
+) -> Iterator[dict[str, Any]]:
+    """One shape at each row count."""
+    weights = copies_of(random_weight(quant, n, k), bench.num_bytes)
+    read = sum(tensor.nbytes for weight in weights for tensor in weight.tensors)
+    for count in rows:
+        x = torch.randn(count, k, dtype=torch.bfloat16)
+
+        def run(x: torch.Tensor = x) -> None:
+            for weight in weights:
+                weight_only_linear(x, weight)
+
+        found = bench.bandwidth(run, read)
+        yield _row(name, quant, weights[0].group_size, n, k, count) | found
+
+
+def many_rows(name: str, quant: str, n: int, k: int, bench: Bench) -> dict[str, Any]:
+    """One shape at PREFILL_ROWS rows, turn by turn with torch's bf16 linear."""
+    weight, plain = random_weight(quant, n, k), torch.randn(n, k, dtype=torch.bfloat16)
+    x = torch.randn(PREFILL_ROWS, k, dtype=torch.bfloat16)
+    taken: tuple[list[float], list[float]] = ([], [])
+    turns = (lambda: weight_only_linear(x, weight), lambda: F.linear(x, plain))
+    for _ in range(2 * _PASSES + 1):
+        for seconds, run in zip(taken, turns, strict=True):
+            bench.start()
+            started = time.perf_counter()
+            run()
+            seconds.append(time.perf_counter() - started)
+    operations = 2 * PREFILL_ROWS * n * k
+    ours, theirs = (total(operations / statistics.median(seconds[1:]), bench.group) for seconds in taken)
+    read = sum(tensor.nbytes for tensor in weight.tensors)
+    return _row(name, quant, weight.group_size, n, k, PREFILL_ROWS) | {
+        "gb_s": round(read * ours / operations / 1e9, 2),
+        "tflop_s": round(ours / 1e12, 3),
+        "onednn_tflop_s": round(theirs / 1e12, 3),
+        "share": round(ours / theirs, 3),
+    }
+
+
+def attention(
+    name: str, config: ModelConfig, world_size: int, num_tokens: int, bench: Bench
+) -> dict[str, Any]:
+    """Decode attention of one row over `num_tokens` cached ones, over enough layers' caches."""
+    heads, kv_heads = config.num_heads // world_size, max(1, config.num_kv_heads // world_size)
+    blocks = -(-num_tokens // _BLOCK_SIZE)
+    shape = (blocks, kv_heads, _BLOCK_SIZE, config.head_dim)
+    one = 2 * num_tokens * kv_heads * config.head_dim * torch.bfloat16.itemsize
+    caches = [
+        (torch.randn(shape, dtype=torch.bfloat16), torch.randn(shape, dtype=torch.bfloat16))
+        for _ in range(-(-bench.num_bytes // one))
+    ]
+    q = torch.randn(1, heads, config.head_dim, dtype=torch.bfloat16)
+    table = torch.randperm(blocks, dtype=torch.int32).unsqueeze(0)
+    start = torch.tensor([0, 1], dtype=torch.int32)
+    lens = torch.tensor([num_tokens], dtype=torch.int32)
+
+    def run() -> None:
+        for keys, values in caches:
+            paged_attention(q, keys, values, table, start, lens, config.head_dim**-0.5)
+
+    found = bench.bandwidth(run, one * len(caches))
+    return _row(name, "bf16 cache", 0, heads * config.head_dim, num_tokens, 1) | found
+
+
+def _row(name: str, quant: str, group: int, n: int, k: int, rows: int) -> dict[str, Any]:
+    return {
+        "op": name,
+        "quant": quant,
+        "group": group,
+        "n": n,
+        "k": k,
+        "rows": rows,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _cases(args: Namespace, worlds: tuple[int, ...], bench: Bench) -> Iterator[dict[str, Any]]:
+    """Each shape and format once; several models and worlds may share one."""
+    few = [rows for rows in args.rows if rows <= _FEW_ROWS]
+    seen = set()
+    for model, world in itertools.product(args.models, worlds):
+        entry = find(model)
+        assert entry is not None, "the command line names known models only"
+        for (name, n, k), quant in itertools.product(linears(entry.config, world), args.quant):
+            if (n, k, quant) in seen:
+                continue
+            seen.add((n, k, quant))
+            label = f"{model} tp{world} {name}"
+            if few:
+                yield from few_rows(label, quant, n, k, few, bench)
+            if max(args.rows) > _FEW_ROWS:
+                yield many_rows(label, quant, n, k, bench)
+        for tokens in args.attention:
+            yield attention(f"{model} tp{world} attention", entry.config, world, tokens, bench)
+
+
+@torch.inference_mode()
+def measure(args: Namespace, group: dist.ProcessGroup | None, *, speaks: bool) -> list[dict[str, Any]]:
+    """All cases asked for, printed as they come by the rank that speaks."""
+    world_size = 1 if group is None else group.size()
+    num_bytes = args.bytes or ceiling_bytes()
+    bench = Bench(ReadCeiling(num_bytes, group), num_bytes, group)
+    most = torch.get_num_threads()
+    bench.ceiling.read()
+    results: list[dict[str, Any]] = []
+    for threads in args.threads or (most,):
+        torch.set_num_threads(threads)
+        for row in _cases(args, args.worlds or (world_size,), bench):
+            results.append(row | {"world_size": world_size})
+            if speaks:
+                sys.stdout.write(line(row) + "\n")
+                sys.stdout.flush()
+    torch.set_num_threads(most)
+    return results
+
+
+def line(row: dict[str, Any]) -> str:
+    """One result for people."""
+    rate = f"{row['tflop_s']:6.3f} TFLOP/s" if "tflop_s" in row else f"{row['gb_s']:6.2f} GB/s"
+    return (
+        f"{row['op']:<24} {row['quant']:<10} [{row['n']:>6}, {row['k']:>5}] {row['rows']:>3} rows "
+        f"{row['threads']} threads {rate}  share {row['share']:.3f}"
+    )
