@@ -8,6 +8,7 @@ stdout is one JSON document; several N give one document with a list of theirs.
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -104,6 +105,7 @@ _MEASURES = {"kernels": _measure_kernels, "collectives": _measure_collectives, "
 
 def _start(found: Options, words: Sequence[str]) -> int:
     """Outside a job: run the command over each number of ranks."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # which ends the ranks first
     if found.mode == "scaling":
         from tp_runtime.benchmark import scaling
 

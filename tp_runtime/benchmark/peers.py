@@ -127,7 +127,9 @@ def _result(row: Row, runs: list[dict[str, Any]]) -> dict[str, Any]:
     speeds = [run["tok_s"] for run in runs]
     read = row.weight_bytes or runs[0].get("weight_bytes_per_token")
     ceiling = max(run["read_ceiling_gb_s"] for run in runs)
-    claims = read is not None and not is_cache_resident(read)
+    share = None
+    if read is not None and not is_cache_resident(read):
+        share = mbu(read, statistics.median(speeds), 1, ceiling)
     return {
         "runtime": row.runtime,
         "format": row.format,
@@ -139,7 +141,7 @@ def _result(row: Row, runs: list[dict[str, Any]]) -> dict[str, Any]:
         "tok_s_all": speeds,
         "prefill_tok_s": statistics.median(run["prefill_tok_s"] for run in runs),
         "read_ceiling_gb_s": ceiling,
-        "mbu": mbu(read, statistics.median(speeds), 1, ceiling) if claims else None,
+        "mbu": share,
     }
 
 
