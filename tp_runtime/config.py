@@ -16,6 +16,8 @@ from .layout import weight_format
 DTYPES = ("fp32", "bf16", "fp16")
 DEVICES = ("auto", "cpu", "cuda")
 KERNELS = ("auto", "reference")
+DRAFT_RANKS = ("auto", "all", "one")
+MOST_DRAFT_TOKENS = 15  # with the token before them 16, which the kernels for few rows take at once
 CACHE_DTYPES = ("auto", "bf16")
 
 
@@ -45,7 +47,11 @@ class EngineConfig:
     max_batch rows of `context`, less where memory is short). prefill_chunk: most tokens of one step.
     threads: lowers a rank's share of threads, never raises it. collective_timeout_s: how long a rank may
     keep the others waiting once tokens flow (None: what tp-launch --collective-timeout said, else 60);
-    load_timeout_s: while weights are read and code is compiled.
+    load_timeout_s: while weights are read and code is compiled. draft: what proposes tokens (None: no
+    speculation): lookup, self:FORMAT, skip:N or a model; draft_quant: format of a draft that is another
+    model (None: as quant); draft_tokens: most it proposes for a row (None: 15 for lookup, 7 for others);
+    draft_adaptive: fewer where they do not pay; draft_ranks: "all" split it, "one" holds it whole, "auto"
+    measures; speculate_exact: rows decode through the code that verifies.
     """
 
     model: str | None = None
@@ -68,6 +74,12 @@ class EngineConfig:
     threads: int | None = None
     collective_timeout_s: float | None = None
     load_timeout_s: float = 600.0
+    draft: str | None = None
+    draft_quant: str | None = None
+    draft_tokens: int | None = None
+    draft_adaptive: bool = True
+    draft_ranks: str = "auto"
+    speculate_exact: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype is not None:
@@ -82,6 +94,26 @@ class EngineConfig:
             _at_least(name, getattr(self, name), 1)
         _at_least("collective_timeout", self.collective_timeout_s, 1)
         _at_least("load_timeout", self.load_timeout_s, 1)
+        self._check_draft()
+
+    def _check_draft(self) -> None:
+        _one_of("draft_ranks", self.draft_ranks, DRAFT_RANKS)
+        if self.draft_quant is not None:
+            weight_format(self.draft_quant)
+        if self.draft_tokens is not None and not 1 <= self.draft_tokens <= MOST_DRAFT_TOKENS:
+            raise ConfigError(
+                f"--draft-tokens {self.draft_tokens} is out of range; use 1 to {MOST_DRAFT_TOKENS}, or leave "
+                f"--draft away to decode without"
+            )
+        given = {
+            "--draft-quant": self.draft_quant is not None,
+            "--draft-tokens": self.draft_tokens is not None,
+            "--no-draft-adaptive": not self.draft_adaptive,
+            "--draft-ranks": self.draft_ranks != "auto",
+        }
+        idle = [flag for flag, is_given in given.items() if is_given]
+        if self.draft is None and idle:
+            raise ConfigError(f"{idle[0]} says how to draft and no draft is given; add --draft")
 
     def with_changes(self, **changes: Any) -> EngineConfig:
         """A validated copy with some fields changed."""

@@ -14,7 +14,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .config import CACHE_DTYPES, DEVICES, DTYPES, KERNELS, EngineConfig, SamplingParams
+from .config import CACHE_DTYPES, DEVICES, DRAFT_RANKS, DTYPES, KERNELS, EngineConfig, SamplingParams
 from .errors import ConfigError
 from .layout import ALIASES, FORMATS
 
@@ -88,8 +88,37 @@ def add_engine_flags(parser: argparse.ArgumentParser, *, several_quants: bool = 
         "--collective-timeout", type=float, metavar="S", help="a rank that hangs longer ends the job"
     )
     run.add_argument("--load-timeout", type=float, metavar="S", help="the same while loading and compiling")
+    _add_draft_flags(parser)
     run.add_argument("--config", metavar="FILE.toml", help="the same settings from a file; flags win")
     run.add_argument("--print-config", action="store_true", help="print the settings as JSON and stop")
+
+
+def _add_draft_flags(parser: argparse.ArgumentParser) -> None:
+    draft = parser.add_argument_group("speculative decoding")
+    draft.add_argument(
+        "--draft", metavar="KIND", help="lookup, self:FORMAT, skip:N, or a model as --model takes one"
+    )
+    draft.add_argument(
+        "--draft-quant", choices=QUANTS, help="of a draft that is a model (default: as --quant)"
+    )
+    draft.add_argument(
+        "--draft-tokens", type=int, metavar="K", help="most drafted at once (default: lookup 15, others 7)"
+    )
+    draft.add_argument(
+        "--draft-adaptive",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="draft fewer, or none, where they do not pay (default: on)",
+    )
+    draft.add_argument(
+        "--draft-ranks", choices=DRAFT_RANKS, help="split a draft model or not (default: measured)"
+    )
+    draft.add_argument(
+        "--speculate-exact",
+        action="store_true",
+        default=None,
+        help="decode through the code that verifies, so that rounding is the same with a draft and without",
+    )
 
 
 def add_sampling_flags(parser: argparse.ArgumentParser) -> None:

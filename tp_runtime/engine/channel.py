@@ -29,6 +29,7 @@ class Operation(enum.IntEnum):
     STEP = 1
     RESULT = 2
     CLOSE = 3
+    DRAFT = 4
 
 
 class Channel:

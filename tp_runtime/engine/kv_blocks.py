@@ -53,6 +53,18 @@ class BlockPool:
             if self._references[block] == 0:
                 self._free.append(block)
 
+    def resize(self, blocks: list[int], num_tokens: int) -> None:
+        """Make a row's list of blocks, in place, what `num_tokens` take: more of them, or the last ones back.
+
+        The caller asks `num_free` first where it grows.
+        """
+        wanted = self.blocks_for(num_tokens)
+        if wanted > len(blocks):
+            blocks += self.allocate(wanted - len(blocks))
+        elif wanted < len(blocks):
+            self.release(blocks[wanted:])
+            del blocks[wanted:]
+
     def sanity_checks(self) -> None:
         """Every block is either free or referenced, none is both, and scratch is neither."""
         assert len(set(self._free)) == len(self._free), "a block is free twice"

@@ -32,6 +32,9 @@ from .kv_blocks import SCRATCH_BLOCK, BlockPool
 from .sequence import Completion
 from .sequence import Sequence as Answer
 from .source import resolve
+from .speculative.build import build_speculator
+from .speculative.interface import NOTHING
+from .speculative.verify import decide
 from .step import Row, Step
 from .tokenizing import NoText, has_tokenizer, open_tokenizer
 
@@ -67,6 +70,7 @@ class LLM:
         self.built = build_runner(self.source, self.config, self.mesh, device)
         self.runner = self.built.runner
         self.pool = BlockPool(self.runner.cache.num_blocks, self.runner.cache.shape.block_size)
+        self.speculator = build_speculator(self.config, self.source, self.built, self.mesh, self._announced)
         self.timing: Timing | None = None
         self._tokenizer: Tokenizer | None = None
         self._warm_up()
@@ -112,6 +116,8 @@ class LLM:
                 f"the prompt has {len(ids)} tokens and the context holds {self.context}, answer included; "
                 f"shorten it or raise --context (this model's limit is {limit})"
             )
+        if self.speculator is not None:
+            self.speculator.check_prompt(len(ids))
         return tuple(ids)
 
     def generate(
@@ -171,43 +177,73 @@ class LLM:
         batch = Batch(self.pool, max_rows=self.runner.max_rows, max_tokens=self.runner.max_tokens)
         for answer in answers:
             batch.add(answer)
+        speculator = self.speculator
+        if speculator is not None:
+            speculator.begin()
         start = first = time.perf_counter()
         untimed = 0  # tokens that rows drew while others still had none
         while batch.busy:
             batch.admit()
+            if speculator is not None:
+                speculator.propose(batch.running)
             rows = batch.next_rows()
             any_first = False
-            for answer, logits_V in self._run(rows):
+            for answer, logits_NV in self._run(rows):
                 any_first |= not answer.output
-                piece = self._accept(answer, logits_V)
+                piece = self._accept(answer, logits_NV)
                 if piece and on_text is not None:
                     on_text(index[id(answer)], piece)
             if any_first:
                 first, untimed = time.perf_counter(), sum(len(answer.output) for answer in answers)
-            batch.retire()
+            if speculator is not None:
+                speculator.end_pass(rows)
+            for answer in batch.retire():
+                if speculator is not None:
+                    speculator.release(answer)
         decoded = sum(len(answer.output) for answer in answers) - untimed
         self.timing = Timing(first - start, time.perf_counter() - first, decoded)
 
     def _run(self, rows: Sequence[tuple[Answer, tuple[int, ...]]]) -> list[tuple[Answer, Tensor]]:
-        """One step on all ranks; each sequence that reached its last known token, with its logits [V]."""
+        """One step on all ranks; each sequence that reached its last known token, with its logits [N, V]: one
+        row behind that token, and one behind each token of its draft."""
         described = []
         for answer, tokens in rows:
-            last = answer.num_cached + len(tokens) == answer.num_tokens
-            described.append(Row(tokens, answer.num_cached, tuple(answer.blocks), int(last)))
+            wanted = max(0, answer.num_cached + len(tokens) - answer.num_tokens + 1)
+            described.append(Row(tokens, answer.num_cached, tuple(answer.blocks), wanted))
         step = Step(tuple(described))
+        began = time.perf_counter()
         with self._channel.announced(Operation.STEP, step.pack()):
             logits_LV = self.runner.execute(step)
+        if self.speculator is not None:
+            self.speculator.ran(time.perf_counter() - began)
         for answer, tokens in rows:
             answer.num_cached += len(tokens)
         ready = [answer for (answer, _), row in zip(rows, described, strict=True) if row.num_logits]
-        return list(zip(ready, logits_LV, strict=True))
+        return list(
+            zip(ready, logits_LV.split([r.num_logits for r in described if r.num_logits]), strict=True)
+        )
 
-    def _accept(self, answer: Answer, logits_V: Tensor) -> str:
-        """Draw the next token of a sequence; the text that became certain."""
-        token = sampling.sample(logits_V, answer.params, answer.prompt, answer.output, answer.num_tokens)
-        if answer.params.logprobs is not None:
-            answer.logprobs.append(sampling.logprobs(logits_V, token, answer.params.logprobs))
-        return answer.accept(token)
+    def _announced(self, step: Step, execute: Callable[[Step], Tensor]) -> Tensor:
+        """Run a step of the draft on all ranks."""
+        with self._channel.announced(Operation.DRAFT, step.pack()):
+            return execute(step)
+
+    def _accept(self, answer: Answer, logits_NV: Tensor) -> str:
+        """Draw the next tokens of a sequence; the text that became certain."""
+        if self.speculator is None:
+            tokens = decide(logits_NV, NOTHING, answer.params, answer.prompt, answer.output)
+        else:
+            tokens = self.speculator.decide(answer, logits_NV)
+        text = ""
+        for token, logits_V in zip(tokens, logits_NV, strict=False):
+            if answer.params.logprobs is not None:
+                answer.logprobs.append(sampling.logprobs(logits_V, token, answer.params.logprobs))
+            text += answer.accept(token)
+            if answer.finish_reason is not None:
+                break
+        answer.draft = ()
+        answer.num_cached = answer.num_tokens - 1  # what fell is void: the next tokens are written over it
+        return text
 
     def _follow(self) -> list[Completion]:
         """Other ranks: run the steps rank 0 sends until it sends the result."""
@@ -215,6 +251,9 @@ class LLM:
             operation, words = self._channel.receive()
             if operation is Operation.STEP:
                 self.runner.execute(Step.unpack(words))
+            elif operation is Operation.DRAFT:
+                assert self.speculator is not None, "a draft step without a draft"
+                self.speculator.drafter.follow(Step.unpack(words))
             elif operation is Operation.RESULT:
                 return [_completion(fields) for fields in json.loads(from_words(words))]
             else:
@@ -226,6 +265,8 @@ class LLM:
             return
         for count in (1, 2):
             self.runner.execute(Step((Row((0,) * count, 0, (SCRATCH_BLOCK,), 1),)))
+        if self.speculator is not None:
+            self.speculator.drafter.warm_up()
 
 
 def _completion(fields: dict[str, Any]) -> Completion:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from .. import env
@@ -26,6 +26,7 @@ from .memory import (
     sharding_plan,
 )
 from .source import ModelSource, resolve
+from .speculative.kind import DraftPlan, check_memory, plan_draft
 from .tokenizing import open_tokenizer
 
 
@@ -34,12 +35,15 @@ def preflight(engine: EngineConfig, sampling: SamplingParams, nproc: int, reques
 
     requests: texts, or lists of chat messages.
     """
-    source, context = preflight_engine(engine, nproc)
+    source, context, draft = preflight_engine(engine, nproc)
     _refuse_long_prompts(source, requests, context)
+    if draft is not None and draft.context < context:
+        for count in _long_prompts(source, requests, draft.context):
+            draft.check_prompt(count)
 
 
-def preflight_engine(engine: EngineConfig, nproc: int) -> tuple[ModelSource, int]:
-    """The model's source and the context, after refusing what cannot be loaded over `nproc` ranks."""
+def preflight_engine(engine: EngineConfig, nproc: int) -> tuple[ModelSource, int, DraftPlan | None]:
+    """The model's source, the context and the draft, after refusing what cannot be loaded over `nproc` ranks."""
     _refuse_cache_folder()
     source = _source(engine)
     device = pick_device(engine)
@@ -50,16 +54,20 @@ def preflight_engine(engine: EngineConfig, nproc: int) -> tuple[ModelSource, int
         beyond = source.config.num_layers
         check_tensors(str(source.weights_path), stored, wanted, lambda name: layer_of(name) >= beyond)
     context = context_limit(engine, source.config)
+    draft = plan_draft(engine, source)
     if device == "cpu":
-        memory_plan(
+        memory = memory_plan(
             source.config,
             plan,
             engine,
             dtype=pick_dtype(engine, device),
             format_of=formats(engine, stored),
             limits=free_bytes_by_rank(nproc, device),
-        ).check(source.name)
-    return source, context
+        )
+        memory.check(source.name)
+        if draft is not None:
+            check_memory(draft, memory)
+    return source, context, draft
 
 
 def _refuse_cache_folder() -> None:
@@ -82,7 +90,16 @@ def _source(engine: EngineConfig) -> ModelSource:
 
 
 def _refuse_long_prompts(source: ModelSource, requests: Sequence[Any], context: int) -> None:
-    """A text of fewer bytes than the context has tokens cannot be too long: only others are encoded."""
+    for count in _long_prompts(source, requests, context):
+        if count >= context:
+            raise RequestError(
+                f"the prompt has {count} tokens and the context holds {context}, answer included; shorten "
+                f"it or raise --context (this model's limit is {source.config.max_position_embeddings})"
+            )
+
+
+def _long_prompts(source: ModelSource, requests: Sequence[Any], context: int) -> Iterator[int]:
+    """Lengths in tokens of those that may be too long: not of texts with fewer bytes than half the context."""
     tokenizer = open_tokenizer(source)
     for request in requests:
         is_chat = not isinstance(request, str)
@@ -90,11 +107,7 @@ def _refuse_long_prompts(source: ModelSource, requests: Sequence[Any], context: 
             continue
         messages: Sequence[Mapping[str, Any]] = request if is_chat else ()
         ids = tokenizer.encode_chat(list(messages)) if is_chat else tokenizer.encode(request)
-        if len(ids) >= context:
-            raise RequestError(
-                f"the prompt has {len(ids)} tokens and the context holds {context}, answer included; shorten "
-                f"it or raise --context (this model's limit is {source.config.max_position_embeddings})"
-            )
+        yield len(ids)
 
 
 def show_plan(engine: EngineConfig, nproc: int, *, as_json: bool) -> None:

@@ -8,6 +8,7 @@ import torch
 
 from ..collectives import all_gather
 from .figures import CACHE_FACTOR, last_level_cache_bytes, peak_rss_bytes
+from .speculative.report import speculation_words
 
 if TYPE_CHECKING:
     from .llm import LLM
@@ -33,6 +34,7 @@ def run_figures(llm: LLM) -> dict[str, Any]:
         "read_ceiling_gb_s": ceiling,
         "mbu": token_bytes * speed / (ceiling * 1e9) if claim else None,  # type: ignore[operator]
         "cache_resident": resident,
+        "speculation": llm.speculator.report.to_dict() if llm.speculator is not None else None,
         "peak_rss_bytes": [int(value) for value in all_gather(peak, llm.runner.group).flatten().tolist()],
     }
 
@@ -50,6 +52,8 @@ def figures_line(document: dict[str, Any]) -> str:
         parts.append("the weights fit the caches, so no share of the memory bandwidth is claimed")
     else:
         parts.append("the host's read bandwidth is not known")
+    if document["speculation"] is not None:
+        parts.append(speculation_words(document["speculation"]))
     ranks, dtype = document["world_size"], document["dtype"]
     parts.append(f"{ranks} rank{'s' * (ranks > 1)}, {document['quant']}/{dtype} on {document['device']}")
     return " | ".join(parts)

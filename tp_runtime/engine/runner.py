@@ -14,7 +14,7 @@ Legend: T tokens of the step, H hidden size, D head dim, L wanted logit rows, V 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -59,7 +59,9 @@ class ModelRunner:
 
     model: a Llama whose modules hold this rank's part. group: the tensor-parallel process group. native: the
     plan that runs its layers, if there is one.
-    vocab_parts: each rank's ranges of the vocabulary. max_blocks: blocks of the longest row.
+    vocab_parts: each rank's ranges of the vocabulary. max_blocks: blocks of the longest row. exact_tokens:
+    steps of at most that many tokens are not padded (speculation brings 1 + k, and padding costs).
+    min_tokens: shorter steps are padded to that, and so take the code of longer ones.
     """
 
     def __init__(
@@ -88,6 +90,7 @@ class ModelRunner:
         self.compiled = compile
         self.device = device
         self._angles: tuple[Tensor, Tensor] | None = None  # of every position, made when first needed
+        self.exact_tokens = self.min_tokens = 0
         self._layer: Callable[..., Tensor] = (
             torch.compile(_layer_step, fullgraph=True) if compile else _layer_step
         )
@@ -108,28 +111,31 @@ class ModelRunner:
             max_rows=self.max_rows,
             max_tokens=self.max_tokens,
             pad=self.pad,
+            exact_tokens=self.exact_tokens,
+            min_tokens=self.min_tokens,
             device=self.device,
         )
 
     @torch.inference_mode()
-    def execute(self, step: Step) -> Tensor:
+    def execute(self, step: Step, layers: Sequence[int] | None = None) -> Tensor:
         """Run the step; the wanted rows of logits, [L, V] float, whole on every rank. Writes the cache.
 
-        Raises CollectiveError where a peer is lost.
+        layers: the numbers of those that run, in order; None: all. Raises CollectiveError where a peer is
+        lost.
         """
         inputs = self.tensors(step)
         with collective_errors():
-            return self._logits(inputs)
+            return self._logits(inputs, layers)
 
-    def _logits(self, inputs: StepTensors) -> Tensor:
-        hidden_TH = self._layers(inputs)
+    def _logits(self, inputs: StepTensors, layers: Sequence[int] | None) -> Tensor:
+        hidden_TH = self._layers(inputs, layers)
         if self.reference:
             local_LV = self.model.head(hidden_TH)[inputs.logit_rows_L]
         else:
             local_LV = self.model.head(hidden_TH[inputs.logit_rows_L])
         return gather_last_dim(local_LV, self.vocab_parts, self.group)[: inputs.num_logits]
 
-    def _layers(self, inputs: StepTensors) -> Tensor:
+    def _layers(self, inputs: StepTensors, layers: Sequence[int] | None) -> Tensor:
         decoder, config = self.model.model, self.model.config
         x_TH = decoder.embed_tokens(inputs.tokens_T)
         if not self.reference:
@@ -142,7 +148,8 @@ class ModelRunner:
             for tensor in (x_TH, cos_TD, sin_TD, inputs.slots_T):
                 torch._dynamo.mark_dynamic(tensor, 0)
         scale, backend = config.head_dim**-0.5, "reference" if self.reference else "auto"
-        for index, layer in enumerate(decoder.layers):
+        for index in range(len(decoder.layers)) if layers is None else layers:
+            layer = decoder.layers[index]
             keys, values, window = self.cache.keys[index], self.cache.values[index], config.window(index)
             x_TH = self._layer(layer, x_TH, cos_TD, sin_TD, keys, values, step, scale, window, backend)
             if self.compiled and x_TH.shape[0] > 1:

@@ -76,6 +76,7 @@ class Sequence:
     """A prompt being answered.
 
     num_cached: tokens whose keys and values lie in the blocks. text: the answer as emitted so far.
+    draft: tokens that may follow the last known one, to be verified in the next step.
     """
 
     prompt: tuple[int, ...]
@@ -85,6 +86,7 @@ class Sequence:
     output: list[int] = field(default_factory=list)
     blocks: list[int] = field(default_factory=list)
     num_cached: int = 0
+    draft: tuple[int, ...] = ()
     text: str = ""
     finish_reason: str | None = None
     logprobs: list[Any] = field(default_factory=list)
@@ -104,11 +106,11 @@ class Sequence:
         return len(self.prompt) + self.params.max_new_tokens - 1
 
     def pending(self, limit: int) -> tuple[int, ...]:
-        """The next tokens to run, at most `limit`: the rest of the prompt, or the token drawn last."""
+        """The next tokens to run, at most `limit`: of the prompt, or the token drawn last and the draft."""
         start = self.num_cached
         if start < len(self.prompt):
             return self.prompt[start : start + limit]
-        return tuple(self.output[start - len(self.prompt) :][:limit])
+        return (*self.output[start - len(self.prompt) :], *self.draft)[:limit]
 
     def accept(self, token: int) -> str:
         """Take a drawn token; the text that became certain. Sets finish_reason where this ends it."""

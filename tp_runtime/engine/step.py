@@ -78,8 +78,10 @@ class Step:
         return cls(tuple(rows))
 
 
-def bucket(count: int, limit: int) -> int:
-    """The padded size for `count`: the next power of two, at most `limit`."""
+def bucket(count: int, limit: int, exact: int = 0) -> int:
+    """The padded size for `count`: itself up to `exact`, else the next power of two, at most `limit`."""
+    if 0 < count <= exact:
+        return count
     return max(count, min(limit, 1 << max(0, count - 1).bit_length()))
 
 
@@ -106,13 +108,19 @@ class StepTensors:
         max_rows: int,
         max_tokens: int,
         pad: bool,
+        exact_tokens: int = 0,
+        min_tokens: int = 0,
         device: str,
     ) -> StepTensors:
-        """Lay a step out for the model. pad=False: exactly the step's tokens and rows."""
+        """Lay a step out for the model.
+
+        pad=False: exactly the step's tokens and rows. exact_tokens: so many tokens and fewer are not padded.
+        min_tokens: least padded size of tokens and of logits.
+        """
         num_tokens, num_rows, num_logits = step.num_tokens, len(step.rows), step.num_logits
-        size_T = bucket(num_tokens, max_tokens) if pad else num_tokens
+        size_T = max(bucket(num_tokens, max_tokens, exact_tokens), min_tokens) if pad else num_tokens
         size_R = max_rows if pad else num_rows
-        size_L = bucket(num_logits, max_tokens) if pad else num_logits
+        size_L = max(bucket(num_logits, max_tokens, exact_tokens), min_tokens) if pad else num_logits
         tokens = np.zeros(size_T, np.int64)
         positions = np.zeros(size_T, np.int64)
         slots = np.full(size_T, SCRATCH_BLOCK * block_size, np.int64)

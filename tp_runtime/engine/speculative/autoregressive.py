@@ -1,0 +1,91 @@
+"""Drafting with a model, token by token: rows catch up on what they have not seen, then go on alone.
+
+Each step takes from every row what it has to run: several tokens after a pass in which all of a draft stood,
+chunks of a prompt at first, else the token it drafted last. Rows that want fewer tokens leave earlier.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from ..sequence import Sequence as Answer
+from ..step import Row, Step
+from .interface import Offer
+from .verify import draw_draft
+
+
+@dataclass
+class DraftRow:
+    """One row on its way to `wanted` drafted tokens.
+
+    cached: tokens whose keys and values the draft holds. blocks: where, enough for all that it will run.
+    """
+
+    answer: Answer
+    wanted: int
+    cached: int
+    blocks: list[int]
+    drafted: list[int] = field(default_factory=list)
+    probs: list[Tensor] = field(default_factory=list)
+
+    @property
+    def known(self) -> int:
+        """Tokens of prompt, answer and draft."""
+        return self.answer.num_tokens + len(self.drafted)
+
+    def pending(self, limit: int) -> tuple[int, ...]:
+        """The next tokens to run, at most `limit`; none once the draft is complete."""
+        if len(self.drafted) == self.wanted:
+            return ()
+        prompt, output = self.answer.prompt, self.answer.output
+        if self.cached < len(prompt):
+            return prompt[self.cached : self.cached + limit]
+        return tuple((output + self.drafted)[self.cached - len(prompt) :][:limit])
+
+    def take(self, logits_V: Tensor, vocab_size: int) -> None:
+        """Draw the next drafted token."""
+        before = self.answer.output + self.drafted
+        token, probs_V = draw_draft(logits_V, self.answer.params, self.answer.prompt, before, vocab_size)
+        self.drafted.append(token)
+        if probs_V is not None:
+            self.probs.append(probs_V)
+
+    def offer(self) -> Offer:
+        return Offer(tuple(self.drafted), tuple(self.probs) if self.probs else None)
+
+
+def draft_rows(
+    rows: Sequence[DraftRow], execute: Callable[[Step], Tensor], *, max_tokens: int, vocab_size: int
+) -> list[tuple[int, float]]:
+    """Run steps until every row has drafted what it wants; the tokens and seconds of each.
+
+    execute: runs a step of the draft and returns its logits [L, V]. max_tokens: most tokens of a step.
+    vocab_size: of the target.
+    """
+    steps: list[tuple[int, float]] = []
+    while True:
+        began = time.perf_counter()
+        room, running, described = max_tokens, [], []
+        for row in rows:
+            tokens = row.pending(room)
+            if not tokens:
+                continue
+            room -= len(tokens)
+            last = row.cached + len(tokens) == row.known
+            described.append(Row(tokens, row.cached, tuple(row.blocks), int(last)))
+            running.append(row)
+        if not running:
+            return steps
+        logits_LV = execute(Step(tuple(described)))
+        ready = []
+        for row, part in zip(running, described, strict=True):
+            row.cached += len(part.tokens)
+            if part.num_logits:
+                ready.append(row)
+        for row, logits_V in zip(ready, logits_LV, strict=True):
+            row.take(logits_V, vocab_size)
+        steps.append((max_tokens - room, time.perf_counter() - began))

@@ -1,0 +1,71 @@
+"""What a draft is to the engine: it offers tokens that may follow a sequence, and forgets what did not stand.
+
+Rank 0 alone asks for offers. Where a draft needs all ranks (a model split over them), it announces its steps
+and the others run `follow`. Legend: K drafted tokens, V the target's vocabulary.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ..sequence import Sequence
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..step import Step
+
+
+@dataclass(frozen=True)
+class Offer:
+    """Tokens drafted for one row.
+
+    probs: for each token, the distribution [V] (float64, sum 1) it was drawn from; None where the draft
+    made no draw, so that each token was certain given the ones before it.
+    """
+
+    tokens: tuple[int, ...] = ()
+    probs: tuple[Tensor, ...] | None = None
+
+
+NOTHING = Offer()
+
+
+class Drafter(ABC):
+    """One kind of draft.
+
+    costs_steps: a drafted token takes a step of a model. steps: (tokens, seconds) of those of the last draft.
+    """
+
+    costs_steps = True
+    steps: Seq[tuple[int, float]] = ()
+
+    @abstractmethod
+    def grade(self, sequence: Sequence) -> int | None:
+        """How sure an offer for `sequence` would be, as a small number; None where there is none to make.
+
+        Acceptance is learnt for each grade apart. A draft that does not know beforehand says 0.
+        """
+
+    @abstractmethod
+    def draft(self, rows: Seq[tuple[Sequence, int]]) -> list[Offer]:
+        """Offers of at most so many tokens (at least one) for each sequence; `grade` was asked before."""
+
+    def rollback(self, sequence: Sequence) -> None:
+        """The sequence has new tokens; what was kept of tokens that did not stand is void."""
+        return
+
+    def release(self, sequence: Sequence) -> None:
+        """The sequence has ended."""
+        return
+
+    def warm_up(self) -> None:
+        """Compile what drafting runs. Every rank calls it."""
+        return
+
+    def follow(self, step: Step) -> None:
+        """Ranks other than 0: take part in a step that rank 0's draft announced."""
+        raise AssertionError(f"{type(self).__name__} announces no steps")

@@ -1,0 +1,109 @@
+"""Prompt lookup: the answer repeats what prompt or answer said before. No model, no torch.
+
+An index holds, for every pair of neighbouring tokens, where it was seen last and some times before. A draft
+is what followed the place whose past agrees longest with the end of the sequence; on equal length, the latest
+place. Past the end of what is known it goes on from its own tokens, so a loop is drafted as a loop.
+
+Looking up takes tens of microseconds and the index one entry a token. It offers nothing where the last two
+tokens never stood together before. After: Saxena, Prompt Lookup Decoding, 2023
+(https://github.com/apoorvumang/prompt-lookup-decoding).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+from ..sequence import Sequence
+from .interface import Drafter, Offer
+
+_PAIR = 2
+_PLACES = 16  # of one pair that are compared; the oldest is dropped
+_LONGEST = 32  # agreement beyond this is not counted
+
+
+@dataclass(frozen=True)
+class Match:
+    """An earlier place. position: of the token that followed there. length: tokens that agree before it."""
+
+    position: int
+    length: int
+
+
+class NgramIndex:
+    """Where pairs of neighbouring tokens were seen in one growing list of tokens."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self._places: dict[tuple[int, int], list[int]] = {}
+
+    def extend(self, tokens: Seq[int]) -> None:
+        """Append tokens."""
+        for token in tokens:
+            self.tokens.append(token)
+            at = len(self.tokens) - 1  # the pair before `token` is now known to be followed by it
+            if at >= _PAIR:
+                places = self._places.setdefault((self.tokens[at - 2], self.tokens[at - 1]), [])
+                places.append(at)
+                if len(places) > _PLACES:
+                    del places[0]
+
+    def find(self) -> Match | None:
+        """The place that agrees longest with the end; None where the last two tokens are new together."""
+        if len(self.tokens) < _PAIR:
+            return None
+        best: Match | None = None
+        for position in reversed(self._places.get((self.tokens[-2], self.tokens[-1]), ())):
+            length = self._agreement(position)
+            if best is None or length > best.length:
+                best = Match(position, length)
+        return best
+
+    def _agreement(self, position: int) -> int:
+        """Tokens before `position` that equal those at the end of the list."""
+        tokens, end, length = self.tokens, len(self.tokens), 0
+        most = min(position, _LONGEST)
+        while length < most and tokens[position - 1 - length] == tokens[end - 1 - length]:
+            length += 1
+        return length
+
+    def continuation(self, match: Match, count: int) -> tuple[int, ...]:
+        """The `count` tokens that followed the match, read on into themselves where they run out."""
+        found: list[int] = []
+        for at in range(match.position, match.position + count):
+            found.append(self.tokens[at] if at < len(self.tokens) else found[at - len(self.tokens)])
+        return tuple(found)
+
+
+class LookupDraft(Drafter):
+    """Drafts by NgramIndex, one for each sequence."""
+
+    costs_steps = False
+
+    def __init__(self) -> None:
+        self._indices: dict[int, NgramIndex] = {}
+        self._matches: dict[int, Match] = {}
+
+    def grade(self, sequence: Sequence) -> int | None:
+        """2 for two tokens in agreement, 3 for three, then 4 for 4-7, 5 for 8-15, 6 for more."""
+        index = self._indices.setdefault(id(sequence), NgramIndex())
+        held, prompt = len(index.tokens), sequence.prompt
+        if held < len(prompt):
+            index.extend(prompt[held:])
+            held = len(prompt)
+        index.extend(sequence.output[held - len(prompt) :])
+        match = index.find()
+        if match is None:
+            return None
+        self._matches[id(sequence)] = match
+        return match.length if match.length < 4 else min(match.length.bit_length() + 1, 6)
+
+    def draft(self, rows: Seq[tuple[Sequence, int]]) -> list[Offer]:
+        return [
+            Offer(self._indices[id(sequence)].continuation(self._matches[id(sequence)], count))
+            for sequence, count in rows
+        ]
+
+    def release(self, sequence: Sequence) -> None:
+        self._indices.pop(id(sequence), None)
+        self._matches.pop(id(sequence), None)

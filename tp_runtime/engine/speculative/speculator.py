@@ -1,0 +1,115 @@
+"""Speculation inside the engine's loop: offers before a pass, decisions in it, figures after it.
+
+Rank 0 runs all of it; the other ranks only follow the steps that a draft announces. A pass in which some row
+still reads its prompt is not counted: its time says nothing about decoding.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from ..sequence import Sequence as Answer
+from .adaptive import Adaptive, Candidate
+from .interface import NOTHING, Drafter, Offer
+from .kind import DraftPlan
+from .report import Pass, SpeculationReport
+from .verify import decide
+
+
+class Speculator:
+    """Drafts for the rows of one engine.
+
+    plan: the draft that was asked for. most: most tokens drafted for a row in a pass. adaptive: False
+    drafts `most` always.
+    """
+
+    def __init__(self, drafter: Drafter, plan: DraftPlan, *, most: int, adaptive: bool) -> None:
+        self.drafter, self.plan, self.most = drafter, plan, most
+        self._chooser = Adaptive(drafter.costs_steps)
+        self._adaptive = adaptive
+        self._offers: dict[int, Offer] = {}
+        self._grades: dict[int, int] = {}
+        self._stood: dict[int, tuple[int, int]] = {}
+        self._before: dict[int, int] = {}
+        self.report = SpeculationReport(plan.name, most)
+        self._began = self._draft_s = self._verify_s = 0.0
+
+    def check_prompt(self, num_tokens: int) -> None:
+        """Raise RequestError for a prompt that the draft cannot hold."""
+        self.plan.check_prompt(num_tokens)
+
+    def begin(self) -> None:
+        """A generate call starts: its figures are its own, what was learnt stays."""
+        self.report = SpeculationReport(self.plan.name, self.most)
+
+    def propose(self, running: Sequence[Answer]) -> None:
+        """Draft for the rows that decode; what is drafted becomes their next tokens."""
+        self._began = time.perf_counter()
+        self._offers.clear()
+        self._stood.clear()
+        self.drafter.steps = ()
+        candidates, rows = [], []
+        for answer in running:
+            answer.draft = ()
+            limit = min(self.most, answer.params.max_new_tokens - len(answer.output) - 1)
+            if not answer.output or limit < 1:
+                continue
+            grade = self.drafter.grade(answer)
+            if grade is not None:
+                self._grades[id(answer)] = grade
+                candidates.append(Candidate(id(answer), grade, limit))
+                rows.append(answer)
+        if self._adaptive:
+            counts = self._chooser.choose(candidates, len(running))
+        else:
+            counts = [candidate.limit for candidate in candidates]
+        wanted = [(answer, count) for answer, count in zip(rows, counts, strict=True) if count]
+        if wanted:
+            for (answer, _), offer in zip(wanted, self.drafter.draft(wanted), strict=True):
+                answer.draft = offer.tokens
+                self._offers[id(answer)] = offer
+        self._draft_s = time.perf_counter() - self._began
+
+    def ran(self, seconds: float) -> None:
+        """The target's step took `seconds`."""
+        self._verify_s = seconds
+
+    def decide(self, answer: Answer, logits_NV: Tensor) -> tuple[int, ...]:
+        """The row's new tokens, from the target's logits behind its last known and its drafted tokens."""
+        offer = self._offers.get(id(answer), NOTHING)
+        self._before[id(answer)] = len(answer.output)
+        tokens = decide(logits_NV, offer, answer.params, answer.prompt, answer.output)
+        self._stood[id(answer)] = (logits_NV.shape[0] - 1, len(tokens) - 1)
+        return tokens
+
+    def end_pass(self, rows: Sequence[tuple[Answer, tuple[int, ...]]]) -> None:
+        """All rows have taken their tokens. rows: with the tokens each ran."""
+        size = sum(len(tokens) for _, tokens in rows)
+        decoding = all(id(a) in self._stood and len(t) == 1 + self._stood[id(a)][0] for a, t in rows)
+        for answer, _ in rows:
+            offered, stood = self._stood.get(id(answer), (0, 0))
+            if offered:
+                self._chooser.see(id(answer), self._grades[id(answer)], offered, stood)
+            self.drafter.rollback(answer)
+        if not decoding:
+            return
+        for tokens_run, seconds in self.drafter.steps:
+            self._chooser.draft.add(tokens_run, seconds)
+        self._chooser.target.add(size, self._verify_s)
+        taken = [self._taken(answer) for answer, _ in rows]
+        self._chooser.book(len(rows), size, self._draft_s, sum(new for _, _, new in taken))
+        total_s = time.perf_counter() - self._began
+        self.report.add(Pass(tuple(taken), self._draft_s, self._verify_s, total_s))
+
+    def _taken(self, answer: Answer) -> tuple[int, int, int]:
+        """Tokens offered, tokens that stood, tokens taken (an end token may have cut them short)."""
+        return (*self._stood[id(answer)], len(answer.output) - self._before[id(answer)])
+
+    def release(self, answer: Answer) -> None:
+        """The row has ended."""
+        self.drafter.release(answer)
+        self._chooser.forget(id(answer))
+        self._grades.pop(id(answer), None)
