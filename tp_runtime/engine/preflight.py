@@ -99,7 +99,7 @@ def _refuse_long_prompts(source: ModelSource, requests: Sequence[Any], context: 
 
 
 def _long_prompts(source: ModelSource, requests: Sequence[Any], context: int) -> Iterator[int]:
-    """Lengths in tokens of those that may be too long: not of texts with fewer bytes than half the context."""
+    """Lengths in tokens of those that may be too long; texts of few bytes cannot be."""
     tokenizer = open_tokenizer(source)
     for request in requests:
         is_chat = not isinstance(request, str)

@@ -69,7 +69,7 @@ class Candidate:
 @dataclass
 class _Probe:
     wait: int = _FIRST_WAIT
-    passed: int = 0
+    passed: int = _FIRST_WAIT
 
 
 @dataclass
@@ -103,9 +103,13 @@ class Adaptive:
         counts = self._best(candidates, num_rows)
         if any(counts):
             return counts
-        counts = self._probing(candidates)
+        due, counts = self._probing(candidates)
         worst = self.pass_seconds(counts, num_rows) - plain
-        return counts if self.balance_s - worst >= -allowance else nothing
+        if not due or self.balance_s - worst < -allowance:
+            return nothing
+        for probe in due:
+            probe.passed, probe.wait = 0, min(2 * probe.wait, _LONGEST_WAIT)
+        return counts
 
     def pass_seconds(self, counts: Sequence[int], num_rows: int) -> float:
         """The expected cost of a pass. An unknown draft is taken to cost as much as the target."""
@@ -135,15 +139,14 @@ class Adaptive:
             if speed > best_speed:
                 best, best_speed = counts, speed
 
-    def _probing(self, candidates: Sequence[Candidate]) -> list[int]:
-        due = set()
-        for grade in {c.grade for c in candidates}:
-            probe = self._probes.setdefault(grade, _Probe(passed=_FIRST_WAIT))
+    def _probing(self, candidates: Sequence[Candidate]) -> tuple[list[_Probe], list[int]]:
+        """The probes whose turn it is, and the short drafts they would make."""
+        grades = {c.grade for c in candidates}
+        probes = {grade: self._probes.setdefault(grade, _Probe()) for grade in grades}
+        for probe in probes.values():
             probe.passed += 1
-            if probe.passed >= probe.wait:
-                due.add(grade)
-                probe.passed, probe.wait = 0, min(2 * probe.wait, _LONGEST_WAIT)
-        return [min(_PROBE, c.limit) if c.grade in due else 0 for c in candidates]
+        due = {grade: probe for grade, probe in probes.items() if probe.passed >= probe.wait}
+        return list(due.values()), [min(_PROBE, c.limit) if c.grade in due else 0 for c in candidates]
 
     def see(self, row: int, grade: int, offered: int, stood: int) -> None:
         """Verification let the first `stood` of a row's `offered` tokens stand."""
@@ -162,7 +165,6 @@ class Adaptive:
         self.elapsed_s += cost + drafted_s
         if size == num_rows:
             self._since_plain = 0
-            self.balance_s = min(0.0, self.balance_s - drafted_s)
         elif plain is not None:
             self._since_plain += 1
             saved = plain * new_tokens / num_rows

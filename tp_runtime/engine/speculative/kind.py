@@ -103,7 +103,7 @@ def _skipped(text: str, num_layers: int) -> int:
     most = num_layers - 1
     if not text.isdecimal() or not 1 <= int(text) <= most:
         raise ConfigError(
-            f"--draft skip:{text} is impossible: this model has {num_layers} layers; use skip:1 to skip:{most}"
+            f"--draft skip:{text} is impossible with {num_layers} layers; use skip:1 to skip:{most}"
         )
     return int(text)
 
