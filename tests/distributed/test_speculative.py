@@ -20,14 +20,18 @@ DRAFTS: dict[str, dict[str, Any]] = {
     "adaptive": {"draft": "self:int8", "draft_ranks": "all"},
     "exact": {"draft": "self:int4-g32", "draft_ranks": "all", "speculate_exact": True},
 }
-SELECTED = {("lookup", 2, False), ("self", 1, False), ("skip", 2, True), ("on one rank", 2, False)}
+# How a step runs: module by module, compiled by torch, or as one call of the C++ kernels.
+STEPS: dict[str, dict[str, Any]] = {
+    "eager": {"compile": False},
+    "compiled": {"native_step": False},
+    "native": {},
+}
+SELECTED = {("lookup", 2, "native"), ("self", 1, "eager"), ("skip", 2, "native"), ("on one rank", 2, "eager")}
 CASES = [
-    pytest.param(
-        name, world, compiled, marks=[] if (name, world, compiled) in SELECTED else [pytest.mark.full]
-    )
+    pytest.param(name, world, step, marks=[] if (name, world, step) in SELECTED else [pytest.mark.full])
     for name in DRAFTS
     for world in (1, 2, 3)
-    for compiled in (False, True)
+    for step in STEPS
 ]
 LENGTHS = (3, 45, 17)
 
@@ -40,7 +44,7 @@ def save_model(folder: Path, layers: int) -> str:
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=131, hidden_size=48, intermediate_size=80, num_hidden_layers=layers, num_attention_heads=6,
-        num_key_value_heads=3, head_dim=8, max_position_embeddings=128 if layers < 3 else 256,
+        num_key_value_heads=3, head_dim=16, max_position_embeddings=128 if layers < 3 else 256,
         initializer_range=0.3, bos_token_id=1, eos_token_id=2, tie_word_embeddings=True,
     )  # fmt: skip
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
@@ -91,14 +95,14 @@ def without_draft(models: tuple[str, str]) -> Any:
     return run_ranks(1, body, models[0], {"compile": False}, timeout=300)[0][0]
 
 
-@pytest.mark.parametrize(("name", "world", "compiled"), CASES)
+@pytest.mark.parametrize(("name", "world", "step"), CASES)
 def test_tokens_are_those_without_a_draft(
-    name: str, world: int, compiled: bool, models: tuple[str, str], without_draft: Any
+    name: str, world: int, step: str, models: tuple[str, str], without_draft: Any
 ) -> None:
     settings = {
         key: value.format(other=models[1]) if key == "draft" else value for key, value in DRAFTS[name].items()
     }
-    results = run_ranks(world, body, models[0], {"compile": compiled, **settings}, timeout=500)
+    results = run_ranks(world, body, models[0], {**STEPS[step], **settings}, timeout=500)
     for found, _ in results:
         assert found == without_draft
     figures = results[0][1]

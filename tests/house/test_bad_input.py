@@ -65,6 +65,15 @@ def long_prompt(folder: Path) -> list[str]:
     return ["generate.py", "--context", "512", "--prompt-file", str(folder / "long.txt")]
 
 
+def short_draft(folder: Path) -> list[str]:
+    for name in ("target", "draft"):
+        (folder / name).mkdir()
+    tiny_model(folder / "target")
+    tiny_model(folder / "draft", max_position_embeddings=32)
+    draft = ["--draft", str(folder / "draft")]
+    return ["generate.py", "--model", str(folder / "target"), *draft, "--prompt", "A" * 40]
+
+
 CASES: dict[str, tuple[Make, str]] = {
     "unknown model": (lambda f: ["generate.py", "--model", "lama-70b", *PROMPT], "did you mean llama-70b"),
     "no weights": (lambda f: ["generate.py", "--model", "llama-70b", *PROMPT], "llama-70b"),
@@ -99,6 +108,29 @@ CASES: dict[str, tuple[Make, str]] = {
     "context beyond the model": (lambda f: ["generate.py", "--context", "9000", *PROMPT], "8192 positions"),
     "bad temperature": (lambda f: ["generate.py", "--temperature", "-1", *PROMPT], "temperature"),
     "unknown flag": (lambda f: ["generate.py", "--temprature", "1", *PROMPT], "--temprature"),
+    "draft of another vocabulary": (
+        lambda f: ["generate.py", "--draft", str(tiny_model(f)), *PROMPT], "another vocabulary",
+    ),
+    "unknown draft": (lambda f: ["generate.py", "--draft", "lokup", *PROMPT], "--draft 'lokup' is neither lookup"),
+    "draft without a value": (lambda f: ["generate.py", "--draft", "skip", *PROMPT], "skip:N"),
+    "more layers than there are": (lambda f: ["generate.py", "--draft", "skip:30", *PROMPT], "skip:1 to skip:29"),
+    "the target as its draft": (lambda f: ["generate.py", "--draft", "self:none", *PROMPT], "the target itself"),
+    "no draft tokens": (
+        lambda f: ["generate.py", "--draft", "lookup", "--draft-tokens", "0", *PROMPT], "use 1 to 15",
+    ),
+    "negative draft tokens": (
+        lambda f: ["generate.py", "--draft", "lookup", "--draft-tokens", "-1", *PROMPT], "use 1 to 15",
+    ),
+    "a thousand draft tokens": (
+        lambda f: ["generate.py", "--draft", "lookup", "--draft-tokens", "1000", *PROMPT], "use 1 to 15",
+    ),
+    "draft tokens without a draft": (
+        lambda f: ["generate.py", "--draft-tokens", "4", *PROMPT], "no draft is given; add --draft",
+    ),
+    "draft quant of a lookup": (
+        lambda f: ["generate.py", "--draft", "lookup", "--draft-quant", "int8", *PROMPT], "--draft-quant",
+    ),
+    "prompt beyond the draft's context": (short_draft, "tokens and the context of --draft"),
     "system without chat": (lambda f: ["generate.py", "--system", "x", *PROMPT], "--chat"),
 }  # fmt: skip
 

@@ -211,11 +211,12 @@ class LLM:
             wanted = max(0, answer.num_cached + len(tokens) - answer.num_tokens + 1)
             described.append(Row(tokens, answer.num_cached, tuple(answer.blocks), wanted))
         step = Step(tuple(described))
-        began = time.perf_counter()
+        if self.speculator is not None:
+            self.speculator.begin_step()
         with self._channel.announced(Operation.STEP, step.pack()):
             logits_LV = self.runner.execute(step)
         if self.speculator is not None:
-            self.speculator.ran(time.perf_counter() - began)
+            self.speculator.end_step()
         for answer, tokens in rows:
             answer.num_cached += len(tokens)
         ready = [answer for (answer, _), row in zip(rows, described, strict=True) if row.num_logits]

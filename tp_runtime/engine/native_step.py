@@ -6,6 +6,7 @@ not: the same results, up to the order of sums, with more between the kernels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import cast
 
 import torch.distributed as dist
@@ -21,14 +22,16 @@ from .fused import GatedMLP, JoinedProjections
 from .kv_cache import KVCache
 
 
-def native_step(model: Llama, cache: KVCache, group: dist.ProcessGroup) -> StepPlan | None:
-    """A plan of all layers; None where a layer has a part that no plan can hold."""
+def native_step(
+    model: Llama, cache: KVCache, group: dist.ProcessGroup, layers: Sequence[int] | None = None
+) -> StepPlan | None:
+    """A plan of all layers, or of those numbered; None where one has a part that no plan can hold."""
     config = model.config
     if config.head_dim % ATTENTION_LANES:
         return None
     plan = None
-    for index, decoder in enumerate(model.model.layers):
-        layer = _parts(cast(DecoderLayer, decoder), index, model, cache)
+    for index in range(config.num_layers) if layers is None else layers:
+        layer = _parts(cast(DecoderLayer, model.model.layers[index]), index, model, cache)
         if layer is None:
             return None
         if plan is None:

@@ -27,6 +27,7 @@ from ..models.llama import Llama
 from ..sharding.layers import gather_last_dim
 from ..sharding.plan import Ranges
 from .kv_cache import KVCache
+from .native_step import native_step
 from .step import Step, StepTensors
 
 
@@ -90,6 +91,7 @@ class ModelRunner:
         self.compiled = compile
         self.device = device
         self._angles: tuple[Tensor, Tensor] | None = None  # of every position, made when first needed
+        self._plans: dict[tuple[int, ...], StepPlan] = {}
         self.exact_tokens = self.min_tokens = 0
         self._layer: Callable[..., Tensor] = (
             torch.compile(_layer_step, fullgraph=True) if compile else _layer_step
@@ -101,6 +103,14 @@ class ModelRunner:
         if self._angles is None:
             self._angles = self.model.rotary(torch.arange(self.max_blocks * self.cache.shape.block_size))
         return self._angles[0][positions_T], self._angles[1][positions_T]
+
+    def _plan_of(self, layers: tuple[int, ...]) -> StepPlan:
+        """The plan of some layers; it shares their weights and caches with the plan of all."""
+        if layers not in self._plans:
+            plan = native_step(self.model, self.cache, self.group, layers)
+            assert plan is not None, "all layers fit a plan, so some do"
+            self._plans[layers] = plan
+        return self._plans[layers]
 
     def tensors(self, step: Step) -> StepTensors:
         """The step laid out and padded for this runner."""
@@ -143,7 +153,8 @@ class ModelRunner:
         cos_TD, sin_TD = self._rotary(inputs.positions_T)
         step = (inputs.slots_T, inputs.block_table_RB, inputs.query_start, inputs.context_lens_R)
         if self.native is not None:
-            return self.native.run(x_TH, cos_TD, sin_TD, *step)
+            plan = self.native if layers is None else self._plan_of(tuple(layers))
+            return plan.run(x_TH, cos_TD, sin_TD, *step)
         if self.compiled and x_TH.shape[0] > 1:
             for tensor in (x_TH, cos_TD, sin_TD, inputs.slots_T):
                 torch._dynamo.mark_dynamic(tensor, 0)

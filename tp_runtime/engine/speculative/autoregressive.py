@@ -6,7 +6,6 @@ chunks of a prompt at first, else the token it drafted last. Rows that want fewe
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -59,16 +58,21 @@ class DraftRow:
 
 
 def draft_rows(
-    rows: Sequence[DraftRow], execute: Callable[[Step], Tensor], *, max_tokens: int, vocab_size: int
+    rows: Sequence[DraftRow],
+    execute: Callable[[Step], Tensor],
+    *,
+    max_tokens: int,
+    vocab_size: int,
+    clock: Callable[[], float],
 ) -> list[tuple[int, float]]:
     """Run steps until every row has drafted what it wants; the tokens and seconds of each.
 
     execute: runs a step of the draft and returns its logits [L, V]. max_tokens: most tokens of a step.
-    vocab_size: of the target.
+    vocab_size: of the target. clock: seconds.
     """
     steps: list[tuple[int, float]] = []
     while True:
-        began = time.perf_counter()
+        began = clock()
         room, running, described = max_tokens, [], []
         for row in rows:
             tokens = row.pending(room)
@@ -88,4 +92,4 @@ def draft_rows(
                 ready.append(row)
         for row, logits_V in zip(ready, logits_LV, strict=True):
             row.take(logits_V, vocab_size)
-        steps.append((max_tokens - room, time.perf_counter() - began))
+        steps.append((max_tokens - room, clock() - began))

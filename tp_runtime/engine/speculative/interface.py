@@ -6,7 +6,9 @@ and the others run `follow`. Legend: K drafted tokens, V the target's vocabulary
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -38,8 +40,10 @@ class Drafter(ABC):
     """One kind of draft.
 
     costs_steps: a drafted token takes a step of a model. steps: (tokens, seconds) of those of the last draft.
+    clock: seconds; what all of speculation is timed by.
     """
 
+    clock: Callable[[], float] = staticmethod(time.perf_counter)
     costs_steps = True
     steps: Seq[tuple[int, float]] = ()
 

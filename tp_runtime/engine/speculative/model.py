@@ -81,7 +81,11 @@ class ModelDraft(Drafter):
             jobs.append(DraftRow(answer, wanted, held.cached, held.blocks))
         running = [job for job in jobs if job is not None]
         self.steps = draft_rows(
-            running, self._run, max_tokens=self.runner.max_tokens, vocab_size=self.vocab_size
+            running,
+            self._run,
+            max_tokens=self.runner.max_tokens,
+            vocab_size=self.vocab_size,
+            clock=self.clock,
         )
         for job in running:
             self._held[id(job.answer)].cached = job.cached

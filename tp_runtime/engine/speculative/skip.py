@@ -50,6 +50,7 @@ class SkipDraft(Drafter):
             lambda step: self._announce(step, self._execute),
             max_tokens=self.runner.max_tokens,
             vocab_size=self.vocab_size,
+            clock=self.clock,
         )
         return [job.offer() for job in jobs]
 

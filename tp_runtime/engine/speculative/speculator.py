@@ -6,7 +6,6 @@ still reads its prompt is not counted: its time says nothing about decoding.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -35,7 +34,7 @@ class Speculator:
         self._stood: dict[int, tuple[int, int]] = {}
         self._before: dict[int, int] = {}
         self.report = SpeculationReport(plan.name, most)
-        self._began = self._draft_s = self._verify_s = 0.0
+        self._began = self._step_began = self._draft_s = self._verify_s = 0.0
 
     def check_prompt(self, num_tokens: int) -> None:
         """Raise RequestError for a prompt that the draft cannot hold."""
@@ -47,7 +46,7 @@ class Speculator:
 
     def propose(self, running: Sequence[Answer]) -> None:
         """Draft for the rows that decode; what is drafted becomes their next tokens."""
-        self._began = time.perf_counter()
+        self._began = self.drafter.clock()
         self._offers.clear()
         self._stood.clear()
         self.drafter.steps = ()
@@ -71,11 +70,15 @@ class Speculator:
             for (answer, _), offer in zip(wanted, self.drafter.draft(wanted), strict=True):
                 answer.draft = offer.tokens
                 self._offers[id(answer)] = offer
-        self._draft_s = time.perf_counter() - self._began
+        self._draft_s = self.drafter.clock() - self._began
 
-    def ran(self, seconds: float) -> None:
-        """The target's step took `seconds`."""
-        self._verify_s = seconds
+    def begin_step(self) -> None:
+        """The target's step begins."""
+        self._step_began = self.drafter.clock()
+
+    def end_step(self) -> None:
+        """It has returned its logits."""
+        self._verify_s = self.drafter.clock() - self._step_began
 
     def decide(self, answer: Answer, logits_NV: Tensor) -> tuple[int, ...]:
         """The row's new tokens, from the target's logits behind its last known and its drafted tokens."""
@@ -101,7 +104,7 @@ class Speculator:
         self._chooser.target.add(size, self._verify_s)
         taken = [self._taken(answer) for answer, _ in rows]
         self._chooser.book(len(rows), size, self._draft_s, sum(new for _, _, new in taken))
-        total_s = time.perf_counter() - self._began
+        total_s = self.drafter.clock() - self._began
         self.report.add(Pass(tuple(taken), self._draft_s, self._verify_s, total_s))
 
     def _taken(self, answer: Answer) -> tuple[int, int, int]:

@@ -62,7 +62,9 @@ def decide(
 
 
 def _greedy(logits_NV: Tensor, drafted: Sequence[int]) -> tuple[int, ...]:
-    best = torch.argmax(logits_NV, dim=-1).tolist()
+    fast = logits_NV.device.type == "cpu" and logits_NV.dtype is torch.float32
+    # numpy's argmax runs on vectors; torch's takes ten times as long on one thread.
+    best = (logits_NV.numpy() if fast else logits_NV).argmax(-1).tolist()
     stand = 0
     while stand < len(drafted) and best[stand] == drafted[stand]:
         stand += 1
