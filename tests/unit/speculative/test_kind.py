@@ -93,12 +93,14 @@ def test_a_prompt_beyond_the_drafts_context(target: ModelSource) -> None:
 def test_a_draft_must_fit_beside_its_target(target: ModelSource) -> None:
     plan = plan_draft(EngineConfig(draft="self:int8", context=1024), target)
     assert plan is not None
-    ranks = tuple(RankMemory(rank, 2 << 30, 1 << 20, 3 << 30) for rank in range(2))
-    check_memory(plan, MemoryPlan(ranks, 1024, "bf16", "none"))
-    tight = tuple(RankMemory(rank, 2 << 30, 1 << 20, 29 << 27) for rank in range(2))
-    tight = tuple(RankMemory(r.rank, r.weight_bytes, r.cache_bytes, r.total_bytes + (1 << 20)) for r in tight)
-    with pytest.raises(MemoryLimitError, match="the draft self:int8"):
-        check_memory(plan, MemoryPlan(tight, 1024, "bf16", "none"))
+    for limit, fits in ((4 << 30, True), (3 << 30, False)):
+        ranks = tuple(RankMemory(rank, 2 << 30, 1 << 20, limit) for rank in range(2))
+        beside = MemoryPlan(ranks, 1024, "bf16", "none")
+        if fits:
+            check_memory(plan, beside)
+        else:
+            with pytest.raises(MemoryLimitError, match="the draft self:int8"):
+                check_memory(plan, beside)
 
 
 def test_kept_layers() -> None:
