@@ -37,11 +37,11 @@ COPY = {
         "was done he sat on the stone bench, ate an apple and looked at the clouds above the hill."
     ),
     "json": (
-        "Repeat this JSON list and add one more city in the same form.\n\n"
-        '[\n  {"name": "Paris", "country": "France", "population": 2102650, "capital": true},\n'
-        '  {"name": "Berlin", "country": "Germany", "population": 3677472, "capital": true},\n'
-        '  {"name": "Madrid", "country": "Spain", "population": 3305408, "capital": true},\n'
-        '  {"name": "Rome", "country": "Italy", "population": 2748109, "capital": true}\n]'
+        "Here is a list of sensors as JSON, with twelve more entries in the same form:\n\n[\n"
+        '  {"id": 1, "type": "temperature", "unit": "celsius", "room": "kitchen", "active": true},\n'
+        '  {"id": 2, "type": "humidity", "unit": "percent", "room": "kitchen", "active": true},\n'
+        '  {"id": 3, "type": "temperature", "unit": "celsius", "room": "bedroom", "active": true},\n'
+        '  {"id": 4, "type": "humidity", "unit": "percent", "room": "bedroom", "active": true},\n'
     ),
     "code": (
         "Fix the one wrong operator in this Python function and write the whole function again.\n\n"
@@ -54,6 +54,7 @@ COPY = {
         "        averages.append(total / window)\n    return averages\n"
     ),
 }
+CONTINUED = ("json",)  # given as text to go on with; the others are asked for in a chat
 FREE = {
     "story": "Write a story about a lighthouse keeper who finds a bottle with a letter in it.",
     "essay": "Explain in your own words why the sky is blue, and why sunsets are red.",
@@ -135,8 +136,8 @@ def copy(args: argparse.Namespace, clock: Clock) -> list[dict[str, Any]]:
     with _engine(args, clock, draft="lookup") as llm:
         for kind, prompts in (("copy", COPY), ("free", FREE)):
             for name, text in prompts.items():
-                chat = [{"role": "user", "content": text}]
-                rows.append({"case": f"{kind}: {name}", **_against_plain(llm, chat, args, clock)})
+                asked = text if name in CONTINUED else [{"role": "user", "content": text}]
+                rows.append({"case": f"{kind}: {name}", **_against_plain(llm, asked, args, clock)})
                 _say(llm, rows[-1])
     return rows
 

@@ -20,7 +20,8 @@ def run_figures(llm: LLM) -> dict[str, Any]:
     token_bytes = built.weight_bytes_per_token
     resident = built.device == "cpu" and token_bytes < CACHE_FACTOR * last_level_cache_bytes()
     speed = timing.tok_s if timing is not None else None
-    claim = speed is not None and ceiling is not None and not resident
+    # With a draft, weights are not read once a token.
+    claim = speed is not None and ceiling is not None and not resident and llm.speculator is None
     peak = torch.tensor([peak_rss_bytes()], dtype=torch.float64)
     return {
         "model": llm.source.name,
@@ -50,7 +51,7 @@ def figures_line(document: dict[str, Any]) -> str:
         parts.append(f"{document['mbu']:.0%} of the {ceiling:.1f} GB/s this host reads")
     elif document["cache_resident"]:
         parts.append("the weights fit the caches, so no share of the memory bandwidth is claimed")
-    else:
+    elif document["speculation"] is None:
         parts.append("the host's read bandwidth is not known")
     if document["speculation"] is not None:
         parts.append(speculation_words(document["speculation"]))
