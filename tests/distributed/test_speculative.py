@@ -17,6 +17,7 @@ DRAFTS: dict[str, dict[str, Any]] = {
     "skip": {"draft": "skip:1", "draft_adaptive": False, "draft_tokens": 3},
     "model": {"draft": "{other}", "draft_adaptive": False, "draft_tokens": 2},
     "on one rank": {"draft": "self:int8", "draft_ranks": "one", "draft_adaptive": False},
+    "measured": {"draft": "self:int8", "draft_adaptive": False},
     "adaptive": {"draft": "self:int8", "draft_ranks": "all"},
     "exact": {"draft": "self:int4-g32", "draft_ranks": "all", "speculate_exact": True},
 }
@@ -26,7 +27,13 @@ STEPS: dict[str, dict[str, Any]] = {
     "compiled": {"native_step": False},
     "native": {},
 }
-SELECTED = {("lookup", 2, "native"), ("self", 1, "eager"), ("skip", 2, "native"), ("on one rank", 2, "eager")}
+SELECTED = {
+    ("lookup", 2, "native"),
+    ("self", 1, "eager"),
+    ("skip", 2, "native"),
+    ("on one rank", 2, "eager"),
+    ("measured", 2, "native"),
+}
 CASES = [
     pytest.param(name, world, step, marks=[] if (name, world, step) in SELECTED else [pytest.mark.full])
     for name in DRAFTS

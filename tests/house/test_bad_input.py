@@ -40,11 +40,11 @@ def tiny_model(folder: Path, *, with_tokenizer: bool = True, **changes: int) -> 
     save_file({name: torch.ones(shape) for name, shape in shapes.items()}, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(tiny_config(**changes)))
     if with_tokenizer:
-        from tokenizers import Tokenizer, models
+        from tokenizers import Tokenizer, decoders, models
 
-        Tokenizer(models.BPE(vocab={chr(i): i - 32 for i in range(32, 96)}, merges=[])).save(
-            str(folder / "tokenizer.json")
-        )
+        tokenizer = Tokenizer(models.BPE(vocab={chr(i): i - 32 for i in range(32, 96)}, merges=[]))
+        tokenizer.decoder = decoders.ByteLevel()
+        tokenizer.save(str(folder / "tokenizer.json"))
     return folder
 
 

@@ -104,8 +104,8 @@ def rows_body(path: str, settings: dict[str, Any]) -> list[float]:
     from tp_runtime.engine.step import Row, Step
 
     worst = []
-    with LLM(path, context=64, max_batch=1, **settings) as llm:
-        prompt = llm.encode(" ".join(ENDINGS))
+    with LLM(path, context=128, max_batch=1, **settings) as llm:
+        prompt = llm.encode(ENDINGS[1] * 3)
         blocks = tuple(llm.pool.allocate(2))
         llm.runner.execute(Step((Row(prompt[:3], 0, blocks, 1),)))
         for count in (2, 5, 8, 16):
