@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import signal
 from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -74,9 +75,9 @@ class Agent(LocalElasticAgent):
         own_nodes: list[tuple[int, ...]] | None,
     ) -> None:
         """own_nodes: each local rank's memory nodes, to report what share of its memory lies there."""
-        super().__init__(
-            spec, streams, exit_barrier_timeout=30, shutdown_timeout=max(1, round(grace_period_s))
-        )
+        super().__init__(spec, streams, exit_barrier_timeout=30)
+        # An argument of the constructor from torch 2.12 on.
+        self._shutdown_timeout = max(1, round(grace_period_s))
         for name, logger in logging.root.manager.loggerDict.items():
             if name.startswith("torch.distributed.elastic") and isinstance(logger, logging.Logger):
                 logger.setLevel(logging.CRITICAL)  # its news are told here in one sentence each
@@ -131,7 +132,9 @@ class Agent(LocalElasticAgent):
         if self._watch is not None:
             self._watch.quiet()
         self._close(death_sig)
-        super()._shutdown(death_sig, self._shutdown_timeout)
+        # With a time limit from torch 2.12 on; before that it is the process context's own.
+        limit = (self._shutdown_timeout,) if "timeout" in signature(super()._shutdown).parameters else ()
+        super()._shutdown(death_sig, *limit)
         self._end_watch()
 
     def _close(self, death_sig: signal.Signals) -> None:

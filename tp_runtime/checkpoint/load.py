@@ -31,6 +31,7 @@ from .base import Checkpoint
 from .inventory import check_tensors
 
 PIECE_VALUES = 1 << 20  # values worked on at a time: 4 MB in fp32, some five such buffers while rounding
+GPU_PIECE_VALUES = 1 << 25  # the same on a GPU, which needs millions of values to be busy
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,8 @@ class _Share:
         plan, columns = self.plan, self.plan.shape[1] if self.cols else 1
         if plan.dim == 1:
             columns = max(extent(part) for part in plan.parts)
-        step = max(1, PIECE_VALUES // max(columns, 1))
+        on_gpu = torch.device(self.device).type == "cuda"
+        step = max(1, (GPU_PIECE_VALUES if on_gpu else PIECE_VALUES) // max(columns, 1))
         at = 0
         for start, stop in self.rows:
             for row in range(start, stop, step):

@@ -39,6 +39,7 @@ class RandomCheckpoint(Checkpoint):
         self._shapes = dict(shapes)
         self._seed = seed
         self._table: tuple[str, Tensor] | None = None  # of the tensor read last, which comes in pieces
+        self._device_table: tuple[str, Tensor] | None = None
 
     def names(self) -> Sequence[str]:
         return tuple(self._shapes)
@@ -63,6 +64,8 @@ class RandomCheckpoint(Checkpoint):
             return torch.cat([table[start:stop] for start, stop in rows]).to(device=device, dtype=dtype)
         cols = ranges_of(shape[1], cols)
         num_starts = len(table) - shape[1]
+        if torch.device(device).type == "cuda":
+            return self._windows_on_gpu(rows, cols, num_starts, dtype, device)
         row_numbers = np.concatenate([np.arange(start, stop, dtype=np.int64) for start, stop in rows])
         starts = (row_numbers * _STEP) % num_starts
         bits = table.view(torch.int16).numpy()
@@ -74,6 +77,19 @@ class RandomCheckpoint(Checkpoint):
                 out[:, at : at + last - first] = windows[starts + first]
             at += last - first
         return torch.from_numpy(out).view(torch.bfloat16).to(device=device, dtype=dtype)
+
+    def _windows_on_gpu(
+        self, rows: Ranges, cols: Ranges, num_starts: int, dtype: torch.dtype, device: torch.device | str
+    ) -> Tensor:
+        """The same values, gathered by the GPU: the table crosses the bus once a tensor."""
+        assert self._table is not None, "the table was made by the caller"
+        if self._device_table is None or self._device_table[0] != self._table[0]:
+            self._device_table = (self._table[0], self._table[1].to(device))
+        table = self._device_table[1]
+        row_N = torch.cat([torch.arange(start, stop, device=device) for start, stop in rows])
+        start_N = (row_N * _STEP) % num_starts
+        column_K = torch.cat([torch.arange(start, stop, device=device) for start, stop in cols])
+        return table[start_N.unsqueeze(1) + column_K].to(dtype)
 
     def _table_of(self, name: str) -> Tensor:
         if self._table is None or self._table[0] != name:

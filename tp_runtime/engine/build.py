@@ -33,6 +33,7 @@ from ..quant.linear import QuantLinear
 from ..quant.tensor import QuantizedTensor
 from ..sharding.layers import wrap_modules
 from ..sharding.plan import Plan
+from .cuda_fuse import fuse_projections
 from .device import has_compiler, pick_device, pick_dtype
 from .figures import weight_bytes_per_token
 from .fused import join_projections, share_tied_table
@@ -87,8 +88,8 @@ def build_runner(source: ModelSource, config: EngineConfig, mesh: DeviceMesh, de
     dtype = pick_dtype(config, device)
     if config.dtype is None:
         once(f"computing in {dtype}, which this {device} has; --dtype changes it", logging.INFO)
-    compile = config.compile and has_compiler()
-    if config.compile and not compile:
+    compile = config.compile and has_compiler() and device == "cpu"
+    if config.compile and not compile and device == "cpu":
         once("no C++ compiler is found, so the step is not compiled; install g++, or say --no-compile")
     if config.threads is not None:
         torch.set_num_threads(min(config.threads, torch.get_num_threads()))
@@ -97,11 +98,10 @@ def build_runner(source: ModelSource, config: EngineConfig, mesh: DeviceMesh, de
     context = context_limit(config, source.config)
     stored = None if source.weights_path is None else stored_tensors(source.weights_path)
     format_of = formats(config, stored)
-    if device == "cpu":
-        limits = [_free_bytes(device, world)] * world
-        memory_plan(source.config, plan, config, dtype=dtype, format_of=format_of, limits=limits).check(
-            source.name
-        )
+    limits = [_free_bytes(device, world)] * world
+    memory_plan(source.config, plan, config, dtype=dtype, format_of=format_of, limits=limits).check(
+        source.name
+    )
     model = _load(source, config, plan, mesh, format_of, DTYPES[dtype], device)
     reference = config.kernels == "reference"
     if not reference and dtype != "fp32":
@@ -109,6 +109,8 @@ def build_runner(source: ModelSource, config: EngineConfig, mesh: DeviceMesh, de
     if not reference and device == "cpu":
         join_projections(model)
         share_tied_table(model, DTYPES[dtype])
+    if not reference and device == "cuda":
+        fuse_projections(model)
     rank = meshes.tp_rank(mesh)
     cache = _cache(plan, rank, source.config, config, context, dtype, device)
     group = meshes.tp_group(mesh)

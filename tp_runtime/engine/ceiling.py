@@ -25,12 +25,17 @@ TIMEOUT_S = 120
 _MOST_CPUS = 8192
 
 
-def job_read_ceiling_gb_s(mesh: DeviceMesh) -> float | None:
+def job_read_ceiling_gb_s(mesh: DeviceMesh, device: str = "cpu") -> float | None:
     """GB/s that all ranks of a one-host job read together; None where unknown. Every rank calls it.
 
-    Rank 0 measures on everybody's CPUs with everybody's threads, while the others wait.
+    On CPUs rank 0 measures with everybody's CPUs and threads, while the others wait. GPUs each have memory
+    of their own: each measures its own, and the sum counts.
     """
     group = meshes.tp_group(mesh)
+    if device == "cuda":
+        from ..kernels.cuda.read_ceiling import read_ceiling_gb_s as gpu_ceiling
+
+        return float(all_gather(torch.tensor([gpu_ceiling()], dtype=torch.float64), group).sum())
     mine = torch.zeros(_MOST_CPUS + 1, dtype=torch.float32)
     mine[list(os.sched_getaffinity(0))] = 1
     mine[_MOST_CPUS] = torch.get_num_threads()

@@ -22,6 +22,7 @@ from ..collectives import attach, set_timeout
 from ..config import EngineConfig, SamplingParams
 from ..errors import CollectiveError, RequestError
 from ..text import Tokenizer
+from ..text.byte_tokenizer import ByteTokenizer
 from . import sampling
 from .batch import Batch
 from .build import build_runner, usable_device
@@ -65,14 +66,13 @@ class LLM:
         self.mesh = meshes.init_mesh(device=device, timeout_s=self.config.load_timeout_s)
         attach(meshes.tp_group(self.mesh), self.config.load_timeout_s)
         self.rank, self.world_size = meshes.tp_rank(self.mesh), meshes.tp_size(self.mesh)
-        on_cpu = device == "cpu"
-        self.read_ceiling_gb_s = job_read_ceiling_gb_s(self.mesh) if measure_ceiling and on_cpu else None
+        self.read_ceiling_gb_s = job_read_ceiling_gb_s(self.mesh, device) if measure_ceiling else None
         self.built = build_runner(self.source, self.config, self.mesh, device)
         self.runner = self.built.runner
         self.pool = BlockPool(self.runner.cache.num_blocks, self.runner.cache.shape.block_size)
         self.speculator = build_speculator(self.config, self.source, self.built, self.mesh, self._announced)
         self.timing: Timing | None = None
-        self._tokenizer: Tokenizer | None = None
+        self._tokenizer: Tokenizer | ByteTokenizer | None = None
         self._warm_up()
         limit_s = (
             self.config.collective_timeout_s or env.get_float("TP_COLLECTIVE_TIMEOUT") or DECODE_TIMEOUT_S
@@ -81,7 +81,7 @@ class LLM:
         self._channel = Channel(self.runner.group, idle_s=limit_s / 3)
 
     @property
-    def tokenizer(self) -> Tokenizer:
+    def tokenizer(self) -> Tokenizer | ByteTokenizer:
         """The model's tokenizer. Raises TokenizerError where there is none."""
         if self._tokenizer is None:
             self._tokenizer = open_tokenizer(self.source)

@@ -55,18 +55,17 @@ def preflight_engine(engine: EngineConfig, nproc: int) -> tuple[ModelSource, int
         check_tensors(str(source.weights_path), stored, wanted, lambda name: layer_of(name) >= beyond)
     context = context_limit(engine, source.config)
     draft = plan_draft(engine, source)
-    if device == "cpu":
-        memory = memory_plan(
-            source.config,
-            plan,
-            engine,
-            dtype=pick_dtype(engine, device),
-            format_of=formats(engine, stored),
-            limits=free_bytes_by_rank(nproc, device),
-        )
-        memory.check(source.name)
-        if draft is not None:
-            check_memory(draft, memory)
+    memory = memory_plan(
+        source.config,
+        plan,
+        engine,
+        dtype=pick_dtype(engine, device),
+        format_of=formats(engine, stored),
+        limits=free_bytes_by_rank(nproc, device),
+    )
+    memory.check(source.name)
+    if draft is not None:
+        check_memory(draft, memory)
     return source, context, draft
 
 

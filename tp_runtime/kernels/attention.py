@@ -125,5 +125,12 @@ def paged_attention(
     positions up to its own, the last `window` of them (0: all). Rows without queries are skipped, and
     tokens beyond query_start[-1] are padding: their output is zero.
     """
+    if backend == "auto" and q_THD.device.type == "cuda":
+        from .cuda import attention_ops
+
+        if attention_ops.takes(q_THD):
+            return attention_ops.paged_attention(
+                q_THD, k_cache, v_cache, block_table_RB, query_start_R1, context_lens_R, scale, window
+            )
     op = torch.ops.tp_cpu.paged_attention if _native(q_THD, backend) else _paged_attention_reference
     return op(q_THD, k_cache, v_cache, block_table_RB, query_start_R1, context_lens_R, scale, window)

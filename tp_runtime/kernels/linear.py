@@ -4,8 +4,9 @@ Decoding reads every weight once a token, so a linear of few rows runs at memory
 bytes / bandwidth; the kernels behind this interface differ in how near they come. `prepare` packs a
 weight once, when it is loaded, into whatever its kernel wants; `weight_only_linear` runs it.
 
-Kinds: "cpu" (C++, cpu/), "aten_int8" and "aten_int4" (torch's own, where no compiler is found),
-"reference" (dequantise, then multiply; any shape, any device), "plain" (a floating-point weight as it is).
+Kinds: "cpu" (C++, cpu/), "cuda" (Triton, cuda/), "aten_int8" and "aten_int4" (torch's own, where no
+compiler is found), "reference" (dequantise, then multiply; any shape, any device), "plain" (a floating-point
+weight as it is).
 """
 
 from __future__ import annotations
@@ -98,6 +99,15 @@ def _native_kind(q: Tensor, *, bits: int, group_size: int) -> str | None:
     return "cpu" if takes and build.available() else None
 
 
+def _cuda_takes(q: Tensor, *, bits: int, group_size: int, head: int, n: int, k: int) -> bool:
+    """True where the Triton kernels take this weight. Triton is loaded only where there is a GPU."""
+    if q.device.type != "cuda":
+        return False
+    from .cuda.pack import takes
+
+    return takes(bits=bits, group_size=group_size, head=head, n=n, k=k)
+
+
 def _aten_kind(q: Tensor, *, bits: int, group_size: int, head: int, n: int, k: int) -> str:
     """Which of ATen's ops takes this weight; "reference" where none does."""
     if q.device.type != "cpu" or n == 0 or k == 0:
@@ -139,6 +149,11 @@ def prepare(
         )
     if kind == "cpu":
         return _prepare_native(q, scale, offset, **shape)
+    if backend == "auto" and _cuda_takes(q, **shape):
+        from .cuda.pack import pack
+
+        packed = pack(q, scale, offset, bits=bits, group_size=group_size, k=k)
+        return PreparedWeight("cuda", n, k, bits, group_size, head, packed, offset is not None)
     if kind == "aten_int8":
         tensors: tuple[Tensor, ...] = (q.contiguous(), scale.float().contiguous())
     elif kind == "aten_int4":
@@ -221,6 +236,10 @@ def weight_only_linear(x: Tensor, prepared: PreparedWeight) -> Tensor:
         p = prepared
         shape = (p.n, p.k, p.bits, p.group_size, p.head, p.asymmetric)
         return torch.ops.tp_cpu.linear(x, tensors[0], p.channel_scale, *shape, p.gated, p.round_activations)
+    if prepared.kind == "cuda":
+        from .cuda.linear import linear
+
+        return linear(x, tensors, group_size=prepared.group_size, gated=prepared.gated)
     if prepared.kind == "plain":
         return torch.nn.functional.linear(x.to(tensors[0].dtype), tensors[0]).to(x.dtype)
     if prepared.kind == "aten_int8":

@@ -1,0 +1,109 @@
+"""Attention, rotary positions and cache writing on the GPU against plain PyTorch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from tp_runtime.kernels import reference
+
+BLOCK = 32
+
+
+def make_cache(lengths: list[int], kv_heads: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(keys, values, block table): rows' blocks scattered, every slot beyond a row's length NaN."""
+    most = max(-(-length // BLOCK) for length in lengths) + 1
+    count = 1 + most * len(lengths)
+    order = (torch.randperm(count - 1) + 1).view(len(lengths), most).int()
+    keys, values = (torch.full((count, kv_heads, BLOCK, dim), torch.nan).bfloat16() for _ in range(2))
+    for row, length in enumerate(lengths):
+        for at in range(length):
+            block = order[row, at // BLOCK]
+            keys[block, :, at % BLOCK] = torch.randn(kv_heads, dim).bfloat16()
+            values[block, :, at % BLOCK] = torch.randn(kv_heads, dim).bfloat16()
+    return keys, values, order
+
+
+def report(name: str, found: Tensor, wanted: Tensor) -> float:
+    gap = (found.float().cpu() - wanted.float()).abs()
+    print(f"{name}: largest {gap.max():.1e}, mean {gap.mean():.1e}")
+    assert not found.isnan().any()
+    return float(gap.max())
+
+
+@pytest.mark.parametrize("window", [0, 50])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(8, 2, 64), (8, 1, 128), (3, 3, 32)])
+def test_decode(heads: int, kv_heads: int, dim: int, window: int, device: str) -> None:
+    from tp_runtime.kernels.cuda import attention_ops as ops
+
+    lengths = [1, 31, 200, 777]
+    keys, values, table = make_cache(lengths, kv_heads, dim)
+    q = torch.randn(len(lengths), heads, dim).bfloat16()
+    positions, rows = torch.tensor(lengths).int() - 1, torch.arange(len(lengths)).int()
+    scratch = ops.DecodeScratch.make(len(lengths), heads, kv_heads, dim, 6, device)
+    out = torch.full_like(q, torch.nan).to(device)
+    arguments = [each.to(device) for each in (q, keys, values, positions, rows, table)]
+    for _ in range(2):  # the counters are left as they were found
+        ops.decode_attention(*arguments, scratch, out, scale=dim**-0.5, window=window)
+        starts = torch.arange(len(lengths) + 1).int()
+        wanted = reference.attend_paged(
+            q.float(), keys, values, table, starts, torch.tensor(lengths).int(), dim**-0.5, window
+        )
+        # The softmax's weights are rounded to bf16 before they multiply values of unit size.
+        assert report(f"decode {heads}/{kv_heads} window {window}", out, wanted) < 4e-2
+        assert not scratch.count.any()
+
+
+@pytest.mark.parametrize("window", [0, 50])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 2, 64), (2, 1, 128)])
+def test_prompt(heads: int, kv_heads: int, dim: int, window: int, device: str) -> None:
+    from tp_runtime.kernels.cuda import attention_ops as ops
+
+    lengths, queries = [1, 70, 200], [1, 70, 33]
+    keys, values, table = make_cache(lengths, kv_heads, dim)
+    starts = torch.tensor([0, 1, 71, 104]).int()
+    q = torch.randn(sum(queries) + 3, heads, dim).bfloat16()  # three tokens of padding
+    contexts = torch.tensor(lengths).int()
+    arguments = [each.to(device) for each in (q, keys, values, table, starts, contexts)]
+    out = ops.paged_attention(*arguments, dim**-0.5, window)
+    wanted = reference.attend_paged(q.float(), keys, values, table, starts, contexts, dim**-0.5, window)
+    assert report(f"prompt {heads}/{kv_heads} window {window}", out, wanted) < 4e-2
+    assert not out[-3:].any()
+
+
+@pytest.mark.parametrize("extras", [False, True])
+def test_rope_write(extras: bool, device: str) -> None:
+    from tp_runtime.kernels.cuda import attention_ops as ops
+
+    tokens, heads, kv_heads, dim, splits = 3, 4, 2, 32, 2
+    size = (heads + 2 * kv_heads) * dim
+    qkv = torch.randn(splits, tokens, size)
+    bias = torch.randn(size) if extras else None
+    norms = (torch.rand(dim) + 0.5, torch.rand(dim) + 0.5, 1e-5) if extras else None
+    angles = torch.rand(64, dim // 2) * 6
+    positions, rows = torch.tensor([0, 33, 40]).int(), torch.tensor([1, 0, 0]).int()
+    table = torch.tensor([[3, 1], [2, 0]]).int()
+    q = torch.full((tokens, heads, dim), torch.nan).bfloat16().to(device)
+    keys, values = (torch.full((4, kv_heads, BLOCK, dim), torch.nan).bfloat16().to(device) for _ in range(2))
+    moved = None if norms is None else (norms[0].to(device), norms[1].to(device), norms[2])
+    ops.rope_write(
+        qkv.to(device), None if bias is None else bias.to(device), angles.cos().to(device),
+        angles.sin().to(device), moved, positions.to(device), rows.to(device), table.to(device), q, keys, values,
+    )  # fmt: skip
+    x = (qkv.sum(0) + (0 if bias is None else bias)).view(tokens, -1, dim)
+    turned = x[:, : heads + kv_heads].clone()
+    if norms is not None:
+        rms = (turned.pow(2).mean(-1, keepdim=True) + norms[2]).rsqrt()
+        weight = torch.cat((norms[0].expand(heads, dim), norms[1].expand(kv_heads, dim)))
+        turned = turned * rms * weight
+    angle = angles[positions.long()].repeat(1, 2).unsqueeze(1)
+    across = torch.cat((-turned[..., dim // 2 :], turned[..., : dim // 2]), dim=-1)
+    turned = turned * angle.cos() + across * angle.sin()
+    # Rounded once to bf16 (by the interpreter towards zero): 2^-8 of values up to five.
+    assert report("q", q, turned[:, :heads]) < 4e-2
+    for token, (position, row) in enumerate(zip(positions.tolist(), rows.tolist(), strict=True)):
+        block = int(table[row, position // BLOCK])
+        assert report("k", keys[block, :, position % BLOCK], turned[token, heads:]) < 4e-2
+        assert report("v", values[block, :, position % BLOCK], x[token, heads + kv_heads :]) < 4e-2
+    assert int(keys.isnan().sum()) == (keys[0].numel() * 4 - tokens * kv_heads * dim)

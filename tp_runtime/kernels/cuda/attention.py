@@ -1,0 +1,217 @@
+"""Attention over a cache of blocks on the GPU: one kernel for decoding, one for prompts, one for rotary
+positions and writing the cache.
+
+Decoding a row reads its whole cache once, so few rows have to be spread over the GPU: each row and
+key-value head is divided among programs that take runs of blocks, and the last one to finish puts the
+partial softmaxes together (in the order of the runs, so the result does not depend on who was last).
+Context lengths are read from device memory: a captured step serves every length.
+
+The cache is [blocks, key-value heads, block size, D]. Legend: T tokens, H query heads, K key-value heads,
+D head_dim, S splits of the projection's K dimension.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+_LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _head_norm(left, right, weight_ptr, half, D: tl.constexpr, eps):
+    """RMSNorm of one head whose two halves are given."""
+    scale = tl.rsqrt((tl.sum(left * left) + tl.sum(right * right)) / D + eps)
+    left = left * scale * tl.load(weight_ptr + half).to(tl.float32)
+    right = right * scale * tl.load(weight_ptr + D // 2 + half).to(tl.float32)
+    return left, right
+
+
+@triton.jit
+def rope_write_kernel(
+    qkv_ptr, bias_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm_ptr, position_ptr, row_ptr, table_ptr, q_ptr,
+    k_cache_ptr, v_cache_ptr, T, table_stride, eps,
+    H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One head of one token: add up the splits, norm, turn by the position; q to q_ptr, k and v to the cache.
+
+    qkv: fp32 [SPLITS, T, (H + 2K) D]. cos, sin: fp32 [positions, D/2]. table: block numbers of each row.
+    """
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    token, head = tl.program_id(0), tl.program_id(1)
+    half = tl.arange(0, D // 2)
+    SIZE: tl.constexpr = (H + 2 * K) * D
+    left = tl.zeros([D // 2], tl.float32)
+    right = tl.zeros([D // 2], tl.float32)
+    for split in tl.static_range(SPLITS):
+        base = qkv_ptr + (split * T + token) * SIZE + head * D
+        left += tl.load(base + half)
+        right += tl.load(base + D // 2 + half)
+    if HAS_BIAS:
+        left += tl.load(bias_ptr + head * D + half).to(tl.float32)
+        right += tl.load(bias_ptr + head * D + D // 2 + half).to(tl.float32)
+    position = tl.load(position_ptr + token)
+    if head < H + K:
+        if HAS_NORM:
+            if head < H:
+                left, right = _head_norm(left, right, q_norm_ptr, half, D, eps)
+            else:
+                left, right = _head_norm(left, right, k_norm_ptr, half, D, eps)
+        cos = tl.load(cos_ptr + position * (D // 2) + half)
+        sin = tl.load(sin_ptr + position * (D // 2) + half)
+        turned = left * cos - right * sin
+        right = right * cos + left * sin
+        left = turned
+    if head < H:
+        out = q_ptr + (token * H + head) * D
+        tl.store(out + half, left.to(q_ptr.dtype.element_ty))
+        tl.store(out + D // 2 + half, right.to(q_ptr.dtype.element_ty))
+    else:
+        row = tl.load(row_ptr + token)
+        block = tl.load(table_ptr + row * table_stride + position // BLOCK).to(tl.int64)
+        kv_head = (head - H) % K
+        at = ((block * K + kv_head) * BLOCK + position % BLOCK) * D
+        if head < H + K:
+            tl.store(k_cache_ptr + at + half, left.to(k_cache_ptr.dtype.element_ty))
+            tl.store(k_cache_ptr + at + D // 2 + half, right.to(k_cache_ptr.dtype.element_ty))
+        else:
+            tl.store(v_cache_ptr + at + half, left.to(v_cache_ptr.dtype.element_ty))
+            tl.store(v_cache_ptr + at + D // 2 + half, right.to(v_cache_ptr.dtype.element_ty))
+
+
+@triton.jit
+def _softmax_step(q, k, v, m, total, acc, valid, scale):
+    """One tile of keys and values into the running maximum m, sum total and weighted sum acc."""
+    scores = tl.dot(q, k) * scale
+    scores = tl.where(valid, scores, float("-inf"))
+    new_m = tl.maximum(m, tl.max(scores, axis=1))
+    safe_m = tl.where(new_m == float("-inf"), 0.0, new_m)
+    p = tl.exp2(scores - safe_m[:, None])
+    shrink = tl.exp2(m - safe_m)
+    total = total * shrink + tl.sum(p, axis=1)
+    acc = acc * shrink[:, None] + tl.dot(p.to(v.dtype), v)
+    return new_m, total, acc
+
+
+@triton.jit
+def decode_kernel(
+    q_ptr, k_cache_ptr, v_cache_ptr, position_ptr, row_ptr, table_ptr, partial_ptr, stats_ptr, count_ptr,
+    out_ptr, table_stride, scale, window,
+    H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr,
+    LEAST: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One run of blocks of one token's key-value head, for all query heads that share it.
+
+    ROWS: those heads padded to 16 or more. LEAST: blocks a run holds at least. partial: fp32
+    [T, K, SPLITS, ROWS, D], stats: fp32 [T, K, SPLITS, 2, ROWS], count: int32 [T, K], zero before and after.
+    """
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    token, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    GROUP: tl.constexpr = H // K
+    context = tl.load(position_ptr + token) + 1
+    row = tl.load(row_ptr + token)
+    lowest = tl.maximum(context - window, 0) if window > 0 else 0
+    first_block = lowest // BLOCK
+    blocks = tl.cdiv(context, BLOCK) - first_block
+    run = tl.maximum(tl.cdiv(blocks, SPLITS), LEAST)
+    active = tl.cdiv(blocks, run)
+    if split >= active:
+        return
+    g, d, s = tl.arange(0, ROWS), tl.arange(0, D), tl.arange(0, BLOCK)
+    q = tl.load(
+        q_ptr + (token * H + kv_head * GROUP + g[:, None]) * D + d[None, :],
+        mask=g[:, None] < GROUP,
+        other=0.0,
+    )
+    m = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, D], tl.float32)
+    start = first_block + split * run
+    for block in tl.range(start, tl.minimum(start + run, first_block + blocks), num_stages=3):
+        number = tl.load(table_ptr + row * table_stride + block).to(tl.int64)
+        base = (number * K + kv_head) * (BLOCK * D)
+        k = tl.load(k_cache_ptr + base + s[None, :] * D + d[:, None])
+        v = tl.load(v_cache_ptr + base + s[:, None] * D + d[None, :])
+        at = block * BLOCK + s[None, :]
+        valid = (at < context) & (at >= lowest)
+        # A slot that was never written may hold NaN, and 0 * NaN is NaN.
+        v = tl.where((block * BLOCK + s[:, None]) < context, v, 0.0)
+        m, total, acc = _softmax_step(q, k.to(q.dtype), v.to(q.dtype), m, total, acc, valid, scale * _LOG2E)
+    out = out_ptr + (token * H + kv_head * GROUP + g[:, None]) * D + d[None, :]
+    if active == 1:
+        tl.store(out, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=g[:, None] < GROUP)
+        return
+    pair = token * K + kv_head
+    slot = pair * SPLITS + split
+    tl.store(partial_ptr + (slot * ROWS + g[:, None]) * D + d[None, :], acc, mask=g[:, None] < GROUP)
+    tl.store(stats_ptr + slot * 2 * ROWS + g, m)
+    tl.store(stats_ptr + (slot * 2 + 1) * ROWS + g, total)
+    tl.debug_barrier()  # every thread's stores come before the one that counts this program in
+    arrived = tl.atomic_add(count_ptr + pair, 1, sem="acq_rel")
+    if arrived != active - 1:
+        return
+    tl.debug_barrier()
+    tl.store(count_ptr + pair, 0)
+    m = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, D], tl.float32)
+    for other in range(active):
+        slot = pair * SPLITS + other
+        its_m = tl.load(stats_ptr + slot * 2 * ROWS + g, cache_modifier=".cg")
+        its_l = tl.load(stats_ptr + (slot * 2 + 1) * ROWS + g, cache_modifier=".cg")
+        its = tl.load(
+            partial_ptr + (slot * ROWS + g[:, None]) * D + d[None, :],
+            mask=g[:, None] < GROUP, other=0.0, cache_modifier=".cg",
+        )  # fmt: skip
+        new_m = tl.maximum(m, its_m)
+        safe_m = tl.where(new_m == float("-inf"), 0.0, new_m)
+        old, new = tl.exp2(m - safe_m), tl.exp2(its_m - safe_m)
+        total = total * old + its_l * new
+        acc = acc * old[:, None] + its * new[:, None]
+        m = new_m
+    tl.store(out, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=g[:, None] < GROUP)
+
+
+@triton.jit
+def prompt_kernel(
+    q_ptr, k_cache_ptr, v_cache_ptr, table_ptr, start_ptr, context_ptr, out_ptr, table_stride, scale, window,
+    H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """BM queries of one row and head over all they may see, which the cache already holds."""
+    head, row = tl.program_id(1), tl.program_id(2)
+    q_start = tl.load(start_ptr + row)
+    queries = tl.load(start_ptr + row + 1) - q_start
+    context = tl.load(context_ptr + row)
+    first = tl.program_id(0) * BM
+    if first >= queries:
+        return
+    i, d, s = first + tl.arange(0, BM), tl.arange(0, D), tl.arange(0, BS)
+    position = context - queries + i
+    q_at = ((q_start + i[:, None]).to(tl.int64) * H + head) * D + d[None, :]
+    q = tl.load(q_ptr + q_at, mask=i[:, None] < queries, other=0.0)
+    m = tl.full([BM], float("-inf"), tl.float32)
+    total = tl.zeros([BM], tl.float32)
+    acc = tl.zeros([BM, D], tl.float32)
+    lowest = tl.maximum(context - queries + first - window + 1, 0) // BS * BS if window > 0 else 0
+    end = tl.minimum(context, context - queries + first + BM)
+    kv_head = head // (H // K)
+    for start in tl.range(lowest, end, BS):
+        at = start + s
+        number = tl.load(table_ptr + row * table_stride + at // BLOCK, mask=at < context, other=0).to(
+            tl.int64
+        )
+        base = ((number * K + kv_head) * BLOCK + at % BLOCK) * D
+        k = tl.load(k_cache_ptr + base[None, :] + d[:, None], mask=at[None, :] < context, other=0.0)
+        v = tl.load(v_cache_ptr + base[:, None] + d[None, :], mask=at[:, None] < context, other=0.0)
+        valid = (at[None, :] <= position[:, None]) & (at[None, :] < context)
+        if window > 0:
+            valid = valid & (at[None, :] > position[:, None] - window)
+        m, total, acc = _softmax_step(q, k.to(q.dtype), v.to(q.dtype), m, total, acc, valid, scale * _LOG2E)
+    tl.store(out_ptr + q_at, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=i[:, None] < queries)

@@ -1,0 +1,195 @@
+"""Launching the kernels of attention.py, and prompt attention as an op.
+
+Legend: T tokens, R rows, H query heads, K key-value heads, D head_dim, B blocks of a row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from .attention import decode_kernel, prompt_kernel, rope_write_kernel
+
+HEAD_DIMS = (16, 32, 64, 128, 256)
+_TYPES = (torch.bfloat16, torch.float16)
+
+
+def takes(q_THD: Tensor) -> bool:
+    """True where the Triton kernels serve such queries."""
+    return q_THD.device.type == "cuda" and q_THD.shape[-1] in HEAD_DIMS and q_THD.dtype in _TYPES
+
+
+@torch.library.custom_op("tp_cuda::paged_attention", mutates_args=())
+def paged_attention(
+    q_THD: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table_RB: Tensor,
+    query_start_R1: Tensor,
+    context_lens_R: Tensor,
+    scale: float,
+    window: int,
+) -> Tensor:
+    """kernels.attention.paged_attention on the GPU, without asking the GPU for a length."""
+    q_THD = q_THD.contiguous()
+    out_THD = torch.zeros_like(q_THD)
+    (tokens, heads, dim), rows = q_THD.shape, block_table_RB.shape[0]
+    tile = 64 if dim <= 128 else 32
+    prompt_kernel[(triton.cdiv(tokens, tile), heads, rows)](
+        q_THD,
+        k_cache,
+        v_cache,
+        block_table_RB,
+        query_start_R1,
+        context_lens_R,
+        out_THD,
+        block_table_RB.stride(0),
+        scale,
+        window,
+        H=heads,
+        K=k_cache.shape[1],
+        D=dim,
+        BM=tile,
+        BS=tile,
+        BLOCK=k_cache.shape[2],
+        num_warps=4,
+    )
+    return out_THD
+
+
+@paged_attention.register_fake
+def _(
+    q_THD: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table_RB: Tensor,
+    query_start_R1: Tensor,
+    context_lens_R: Tensor,
+    scale: float,
+    window: int,
+) -> Tensor:
+    return torch.empty_like(q_THD, memory_format=torch.contiguous_format)
+
+
+@dataclass(frozen=True)
+class DecodeScratch:
+    """What decode attention keeps between programs: see decode_kernel. For at most `tokens` tokens."""
+
+    partial: Tensor
+    stats: Tensor
+    count: Tensor
+    splits: int
+
+    @classmethod
+    def make(
+        cls, tokens: int, heads: int, kv_heads: int, dim: int, splits: int, device: str
+    ) -> DecodeScratch:
+        rows = padded_group(heads, kv_heads)
+        slots = tokens * kv_heads * splits
+        return cls(
+            torch.empty(slots * rows * dim, dtype=torch.float32, device=device),
+            torch.empty(slots * 2 * rows, dtype=torch.float32, device=device),
+            torch.zeros(tokens * kv_heads, dtype=torch.int32, device=device),
+            splits,
+        )
+
+
+def padded_group(heads: int, kv_heads: int) -> int:
+    """Query heads of one key-value head, padded to what a matrix product takes."""
+    return max(16, triton.next_power_of_2(heads // kv_heads))
+
+
+def rope_write(
+    qkv_STN: Tensor,
+    bias_N: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    norms: tuple[Tensor, Tensor, float] | None,
+    position_T: Tensor,
+    row_T: Tensor,
+    table_RB: Tensor,
+    q_THD: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    pdl: bool = False,
+) -> None:
+    """See rope_write_kernel. norms: weights of q and k norm and their eps, or None."""
+    splits, tokens, _ = qkv_STN.shape
+    heads, dim = q_THD.shape[1:]
+    kv_heads, block = k_cache.shape[1], k_cache.shape[2]
+    q_norm, k_norm, eps = norms if norms is not None else (cos, cos, 0.0)
+    rope_write_kernel[(tokens, heads + 2 * kv_heads)](
+        qkv_STN,
+        cos if bias_N is None else bias_N,
+        cos,
+        sin,
+        q_norm,
+        k_norm,
+        position_T,
+        row_T,
+        table_RB,
+        q_THD,
+        k_cache,
+        v_cache,
+        tokens,
+        table_RB.stride(0),
+        eps,
+        H=heads,
+        K=kv_heads,
+        D=dim,
+        SPLITS=splits,
+        BLOCK=block,
+        HAS_BIAS=bias_N is not None,
+        HAS_NORM=norms is not None,
+        PDL=pdl,
+        num_warps=1,
+        launch_pdl=pdl,
+    )
+
+
+def decode_attention(
+    q_THD: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    position_T: Tensor,
+    row_T: Tensor,
+    table_RB: Tensor,
+    scratch: DecodeScratch,
+    out_THD: Tensor,
+    *,
+    scale: float,
+    window: int,
+    pdl: bool = False,
+) -> None:
+    """Each token's attention over its row's cache up to its own position; see decode_kernel."""
+    tokens, heads, dim = q_THD.shape
+    kv_heads, block = k_cache.shape[1], k_cache.shape[2]
+    decode_kernel[(tokens, kv_heads, scratch.splits)](
+        q_THD,
+        k_cache,
+        v_cache,
+        position_T,
+        row_T,
+        table_RB,
+        scratch.partial,
+        scratch.stats,
+        scratch.count,
+        out_THD,
+        table_RB.stride(0),
+        scale,
+        window,
+        H=heads,
+        K=kv_heads,
+        D=dim,
+        ROWS=padded_group(heads, kv_heads),
+        SPLITS=scratch.splits,
+        LEAST=1,
+        BLOCK=block,
+        PDL=pdl,
+        num_warps=4,
+        launch_pdl=pdl,
+    )

@@ -1,0 +1,245 @@
+"""Linears of 1 to 16 rows at memory speed: y = x W^T with W in bf16, fp8, int8 or int4.
+
+Decoding reads every weight once a token, so such a linear takes bytes / bandwidth and everything else has
+to hide behind the loads. Tiles of W stream through shared memory (cp.async, several stages deep) into
+tensor-core fragments; they are widened to bf16 in registers (exactly: 8 bits of mantissa hold every int8
+and every e4m3) and multiplied with all rows of x at once, in fp32. So 8 rows cost what one costs, and the
+arithmetic per weight is two or three instructions of the six (int8) or three (int4) there is time for.
+
+K is split over programs where N alone gives too few to fill the GPU: each split writes its partial sums,
+[splits, rows, N] in fp32, and whoever reads them adds them up in order. No atomics: the result does not
+depend on timing.
+
+RMSNorm rides along: with x' = x * norm_weight the norm is a factor a row, known from sums of squares that
+the kernel before left (`sums`, see reduce.py), and is applied to the result.
+
+int4 is stored in planes (pack.py): one byte holds a column of one group low and of the next group high, so
+that a tile unpacks into two tiles of one scale a row each. Group scales multiply the fp32 sums of a group,
+never a weight: nothing is rounded that the format does not round.
+
+Legend: R rows of x, N outputs, K inputs, G columns of a group.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+BF16, FP8, INT8, INT4 = (tl.constexpr(kind) for kind in range(4))
+
+
+def _nibble_code(high: bool, zero: int) -> tl.constexpr:
+    """PTX that turns four bytes into four bf16: a nibble n in the mantissa of 0x4300 is 128 + n.
+
+    Two permutes, two subtractions and a mask for four numbers; converting integers takes twelve.
+    """
+    shift = "shr.b32 v, $2, 4;" if high else "mov.b32 v, $2;"
+    return tl.constexpr(
+        "{ .reg .b32 v, t, u, c, z; mov.b32 c, 0x43; mov.b32 z, " + hex(0x43004300 + zero * 0x10001) + "; "
+        + shift + " and.b32 v, v, 0x0f0f0f0f; prmt.b32 t, v, c, 0x4140; prmt.b32 u, v, c, 0x4342; "
+        "sub.rn.bf16x2 $0, t, z; sub.rn.bf16x2 $1, u, z; }"
+    )  # fmt: skip
+
+
+_LOW_0, _HIGH_0 = _nibble_code(False, 0), _nibble_code(True, 0)
+_LOW_8, _HIGH_8 = _nibble_code(False, 8), _nibble_code(True, 8)
+
+
+@triton.jit
+def nibbles_to_bf16(packed, HIGH: tl.constexpr, ZERO: tl.constexpr, ASM: tl.constexpr):
+    """uint8 -> bf16 of its low or high nibble minus ZERO (0 or 8), exactly.
+
+    ASM: through PTX (which Triton's interpreter cannot run).
+    """
+    if ASM:
+        code: tl.constexpr = (
+            (_HIGH_8 if ZERO == 8 else _HIGH_0) if HIGH else (_LOW_8 if ZERO == 8 else _LOW_0)
+        )
+        return tl.inline_asm_elementwise(code, "=r,=r,r", [packed], dtype=tl.bfloat16, is_pure=True, pack=4)
+    else:
+        nibble = (packed >> 4) if HIGH else (packed & 15)
+        return (nibble.to(tl.float32) - ZERO).to(tl.bfloat16)
+
+
+@triton.jit
+def _widen(w, KIND: tl.constexpr, ASM: tl.constexpr):
+    """A tile of weights as bf16, without its scale."""
+    if KIND == BF16:
+        return w
+    elif ASM:
+        return w.to(tl.bfloat16)
+    else:
+        return w.to(tl.float32).to(tl.bfloat16)  # the interpreter has no conversion from int8
+
+
+@triton.jit
+def _accumulate(
+    acc,
+    w_ptrs,
+    x_ptrs,
+    first,
+    steps,
+    R,
+    K,
+    r,
+    k,
+    KIND: tl.constexpr,
+    BK: tl.constexpr,
+    STAGES: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """acc [BN, BR] plus the sums over columns first*BK .. (first+steps)*BK of plainly stored weights."""
+    w_ptrs += first * BK
+    x_ptrs += first * BK
+    for i in tl.range(0, steps, num_stages=STAGES):
+        if EVEN_K:
+            w = tl.load(w_ptrs)
+            x = tl.load(x_ptrs, mask=r[None, :] < R, other=0.0)
+        else:
+            left = K - (first + i) * BK
+            w = tl.load(w_ptrs, mask=k[None, :] < left, other=0.0)
+            x = tl.load(x_ptrs, mask=(r[None, :] < R) & (k[:, None] < left), other=0.0)
+        acc = tl.dot(_widen(w, KIND, ASM), x, acc)
+        w_ptrs += BK
+        x_ptrs += BK
+    return acc
+
+
+@triton.jit
+def _accumulate_int4(
+    acc,
+    w_ptrs,
+    x_ptrs,
+    scale_ptrs,
+    offset_ptrs,
+    first,
+    steps,
+    R,
+    N,
+    K,
+    r,
+    k,
+    G: tl.constexpr,
+    ASYMMETRIC: tl.constexpr,
+    STAGES: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """acc [BN, BR] plus the sums over pairs of groups first .. first+steps of weights in planes."""
+    w_ptrs += first * G
+    x_ptrs += first * (2 * G)
+    scale_ptrs += first * (2 * N)
+    offset_ptrs += first * (2 * N)
+    ZERO: tl.constexpr = 0 if ASYMMETRIC else 8
+    for i in tl.range(0, steps, num_stages=STAGES):
+        w = tl.load(w_ptrs)
+        if EVEN_K:
+            x_low = tl.load(x_ptrs, mask=r[None, :] < R, other=0.0)
+            x_high = tl.load(x_ptrs + G, mask=r[None, :] < R, other=0.0)
+        else:
+            left = K - (first + i) * (2 * G)
+            x_low = tl.load(x_ptrs, mask=(r[None, :] < R) & (k[:, None] < left), other=0.0)
+            x_high = tl.load(x_ptrs + G, mask=(r[None, :] < R) & (k[:, None] + G < left), other=0.0)
+        scale_low = tl.load(scale_ptrs).to(tl.float32)
+        scale_high = tl.load(scale_ptrs + N).to(tl.float32)
+        low = nibbles_to_bf16(w, False, ZERO, ASM)
+        high = nibbles_to_bf16(w, True, ZERO, ASM)
+        acc += tl.dot(low, x_low) * scale_low[:, None]
+        acc += tl.dot(high, x_high) * scale_high[:, None]
+        if ASYMMETRIC:
+            offset_low = tl.load(offset_ptrs).to(tl.float32)
+            offset_high = tl.load(offset_ptrs + N).to(tl.float32)
+            acc += offset_low[:, None] * tl.sum(x_low.to(tl.float32), axis=0)[None, :]
+            acc += offset_high[:, None] * tl.sum(x_high.to(tl.float32), axis=0)[None, :]
+            offset_ptrs += 2 * N
+        w_ptrs += G
+        x_ptrs += 2 * G
+        scale_ptrs += 2 * N
+    return acc
+
+
+@triton.jit
+def prefetch_rows(ptrs, BYTES: tl.constexpr):
+    """Ask for BYTES contiguous bytes behind each pointer to be in L2 soon."""
+    return tl.inline_asm_elementwise(
+        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0;",
+        "=r,l,r",
+        [ptrs.to(tl.int64), BYTES],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def row_rms(sums_ptr, r, R, K, eps, NUM_SUMS: tl.constexpr):
+    """1 / rms of each row, from the sums of squares [R, NUM_SUMS] that the kernel before left."""
+    part = tl.arange(0, NUM_SUMS)
+    squares = tl.load(sums_ptr + r[:, None] * NUM_SUMS + part[None, :], mask=r[:, None] < R, other=1.0)
+    return tl.rsqrt(tl.sum(squares, axis=1) / K + eps)
+
+
+@triton.jit
+def gemv_kernel(
+    x_ptr, w_ptr, scale_ptr, offset_ptr, sums_ptr, y_ptr, R, N, K, w_stride, eps,
+    KIND: tl.constexpr, G: tl.constexpr, ASYMMETRIC: tl.constexpr, GATED: tl.constexpr,
+    NUM_SUMS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
+    STAGES: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, ASM: tl.constexpr,
+    PREFETCH: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One tile of BN outputs over one split of K; see the module.
+
+    x [R, K] bf16. N: outputs (of W's N rows, or where GATED of its gate half; the up half follows). y:
+    [SPLITS, R, N], or with one split [R, N] in its own dtype.
+    """
+    if PDL:
+        gdc_launch_dependents()
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    split, splits = tl.program_id(1), tl.num_programs(1)
+    r = tl.arange(0, BR)
+    row = n if EVEN_N else tl.minimum(n, N - 1)
+    W_ROWS = 2 * N if GATED else N
+    STEP: tl.constexpr = 2 * G if KIND == INT4 else BK
+    k = tl.arange(0, G if KIND == INT4 else BK)
+    total = tl.cdiv(K, STEP)
+    first = total * split // splits
+    steps = total * (split + 1) // splits - first
+    w_ptrs = w_ptr + row[:, None].to(tl.int64) * w_stride + k[None, :]
+    if PREFETCH > 0:
+        start = first * G if KIND == INT4 else first * BK
+        prefetch_rows(w_ptr + row.to(tl.int64) * w_stride + start, PREFETCH)
+    if PDL:
+        gdc_wait()
+    x_ptrs = x_ptr + r[None, :] * K + k[:, None]
+    acc = tl.zeros([BN, BR], tl.float32)
+    if KIND == INT4:
+        acc = _accumulate_int4(
+            acc, w_ptrs, x_ptrs, scale_ptr + row, offset_ptr + row, first, steps, R, W_ROWS, K, r, k, G,
+            ASYMMETRIC, STAGES, EVEN_K, ASM,
+        )  # fmt: skip
+    else:
+        acc = _accumulate(acc, w_ptrs, x_ptrs, first, steps, R, K, r, k, KIND, BK, STAGES, EVEN_K, ASM)
+    if (KIND == INT8) | (KIND == FP8):
+        acc *= tl.load(scale_ptr + row)[:, None]
+    if NUM_SUMS > 0:
+        rms = row_rms(sums_ptr, r, R, K, eps, NUM_SUMS)
+        acc *= rms[None, :]
+    if GATED:
+        up = tl.zeros([BN, BR], tl.float32)
+        w_ptrs += N.to(tl.int64) * w_stride
+        if KIND == INT4:
+            up = _accumulate_int4(
+                up, w_ptrs, x_ptrs, scale_ptr + N + row, offset_ptr + N + row, first, steps, R, W_ROWS, K,
+                r, k, G, ASYMMETRIC, STAGES, EVEN_K, ASM,
+            )  # fmt: skip
+        else:
+            up = _accumulate(up, w_ptrs, x_ptrs, first, steps, R, K, r, k, KIND, BK, STAGES, EVEN_K, ASM)
+        if (KIND == INT8) | (KIND == FP8):
+            up *= tl.load(scale_ptr + N + row)[:, None]
+        if NUM_SUMS > 0:
+            up *= rms[None, :]
+        acc = acc / (1.0 + tl.exp(-acc)) * up
+    y_ptrs = y_ptr + (split * R + r[None, :]) * N + n[:, None]
+    tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=(r[None, :] < R) & (n[:, None] < N))

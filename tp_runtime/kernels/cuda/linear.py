@@ -1,0 +1,245 @@
+"""The CUDA linears as ops: gemv for 1 to 16 rows, dequantise and cuBLAS for more.
+
+A weight is what pack.py made of it (PreparedWeight kind "cuda") or a plain bf16 matrix. `gemv_` writes into
+a tensor that exists, so that a captured step allocates nothing.
+
+Legend: S splits of K, R rows, N outputs, K inputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+
+from .dequant import dequantize_kernel
+from .gemv import BF16, FP8, INT4, INT8, gemv_kernel
+
+MOST_ROWS = 16
+_SLICE_VALUES = 12 << 20  # bf16 values made at a time: 24 MB, half of an H100's L2
+_INTERPRETED = bool(triton.knobs.runtime.interpret)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How a gemv is cut: BN outputs and BK columns a tile, splits of K, warps, pipeline stages.
+
+    prefetch: bytes of each row that a program asks for before it waits for its input.
+    """
+
+    bn: int
+    bk: int
+    splits: int
+    warps: int
+    stages: int
+    prefetch: int = 0
+
+
+def kind_of(w: Tensor) -> int:
+    """BF16, FP8, INT8 or INT4, from the packed weight's dtype."""
+    kinds = {torch.bfloat16: BF16, torch.float8_e4m3fn: FP8, torch.int8: INT8, torch.uint8: INT4}
+    return int(kinds[w.dtype].value)
+
+
+def choose_tile(w: Tensor, k: int, rows: int, *, gated: bool) -> Tile:
+    """The tile for a weight: enough programs for the whole GPU, several kilobytes in flight each."""
+    kind, n = kind_of(w), w.shape[0] // (2 if gated else 1)
+    bk = {BF16.value: 128, FP8.value: 128, INT8.value: 128, INT4.value: 0}[kind]
+    tiles = -(-n // 64)
+    splits = 1
+    if not gated:
+        while tiles * splits < 600 and splits < 8 and k // (2 * splits) >= 1024:
+            splits *= 2
+    return Tile(64, bk, splits, 4, 4)
+
+
+@torch.library.custom_op("tp_cuda::gemv_", mutates_args=("y",))
+def _gemv(
+    x: Tensor,
+    w: Tensor,
+    scale: Tensor | None,
+    offset: Tensor | None,
+    sums: Tensor | None,
+    y: Tensor,
+    group_size: int,
+    gated: bool,
+    eps: float,
+    tile: list[int],
+    pdl: bool,
+) -> None:
+    launch_gemv(
+        x, w, scale, offset, sums, y, group_size=group_size, gated=gated, eps=eps, tile=Tile(*tile), pdl=pdl
+    )
+
+
+@_gemv.register_fake
+def _(
+    x: Tensor,
+    w: Tensor,
+    scale: Tensor | None,
+    offset: Tensor | None,
+    sums: Tensor | None,
+    y: Tensor,
+    group_size: int,
+    gated: bool,
+    eps: float,
+    tile: list[int],
+    pdl: bool,
+) -> None:
+    return None
+
+
+def launch_gemv(
+    x: Tensor,
+    w: Tensor,
+    scale: Tensor | None,
+    offset: Tensor | None,
+    sums: Tensor | None,
+    y: Tensor,
+    *,
+    group_size: int,
+    gated: bool,
+    eps: float,
+    tile: Tile,
+    pdl: bool = False,
+) -> None:
+    """y[s] = the part of rms(x) W^T that split s of K gives; see gemv.py.
+
+    x: bf16 [R, K], R at most 16. w: bf16, float8_e4m3fn or int8 [n, K], or uint8 planes. scale: fp32 [n], or
+    fp16 [groups, n] with group_size. sums: fp32 [R, P], sums of squares, or None where there is no norm.
+    gated: w is gate rows over up rows, and y gets silu(gate) * up. y: [splits, R, N] fp32, or with one split
+    [R, N] in any floating type.
+    """
+    rows, k = x.shape
+    n = w.shape[0] // (2 if gated else 1)
+    kind = kind_of(w)
+    assert rows <= MOST_ROWS and x.is_contiguous() and y.is_contiguous(), (x.shape, x.stride(), y.stride())
+    assert y.numel() == tile.splits * rows * n and not (gated and tile.splits > 1), (y.shape, tile)
+    step = 2 * group_size if kind == INT4.value else tile.bk
+    dummy = x
+    gemv_kernel[(triton.cdiv(n, tile.bn), tile.splits)](
+        x,
+        w,
+        dummy if scale is None else scale,
+        dummy if offset is None else offset,
+        dummy if sums is None else sums,
+        y,
+        rows,
+        n,
+        k,
+        w.stride(0),
+        eps,
+        KIND=kind,
+        G=group_size,
+        ASYMMETRIC=offset is not None,
+        GATED=gated,
+        NUM_SUMS=0 if sums is None else sums.shape[1],
+        BN=tile.bn,
+        BK=tile.bk,
+        BR=8 if rows <= 8 else 16,
+        STAGES=tile.stages,
+        EVEN_N=n % tile.bn == 0,
+        EVEN_K=k % step == 0,
+        ASM=not _INTERPRETED,
+        PREFETCH=tile.prefetch,
+        PDL=pdl,
+        num_warps=tile.warps,
+        launch_pdl=pdl,
+    )
+
+
+def gemv_(
+    x: Tensor,
+    tensors: tuple[Tensor, ...],
+    y: Tensor,
+    *,
+    group_size: int,
+    gated: bool = False,
+    sums: Tensor | None = None,
+    eps: float = 0.0,
+    tile: Tile,
+    pdl: bool = False,
+) -> None:
+    """launch_gemv as an op. tensors: weight, then scale and offset where there are any."""
+    w, scale, offset = (*tensors, None, None)[:3]
+    fields = [tile.bn, tile.bk, tile.splits, tile.warps, tile.stages, tile.prefetch]
+    _gemv(x, w, scale, offset, sums, y, group_size, gated, eps, fields, pdl)
+
+
+def dequantize(tensors: tuple[Tensor, ...], k: int, group_size: int, out: Tensor | None = None) -> Tensor:
+    """The weight [n, k] in bf16. tensors: as gemv_ takes them."""
+    w, scale, offset = (*tensors, None, None)[:3]
+    n, kind = w.shape[0], kind_of(w)
+    if out is None:
+        out = torch.empty((n, k), dtype=torch.bfloat16, device=w.device)
+    bk = 256
+    columns = triton.cdiv(k, 2 * group_size if kind == INT4.value else bk)
+    dequantize_kernel[(triton.cdiv(n, 32), columns)](
+        w,
+        w if scale is None else scale,
+        w if offset is None else offset,
+        out,
+        n,
+        k,
+        w.stride(0),
+        scale.stride(0) if scale is not None and scale.ndim == 2 else 0,
+        KIND=kind,
+        G=group_size,
+        ASYMMETRIC=offset is not None,
+        BN=32,
+        BK=bk,
+        ASM=not _INTERPRETED,
+    )
+    return out
+
+
+def _rows(tensors: tuple[Tensor, ...], start: int, stop: int) -> tuple[Tensor, ...]:
+    """The same weight's rows start..stop. Scales a group are [groups, n], those a channel [n]."""
+    w, *scales = tensors
+    return (w[start:stop], *(each[..., start:stop] for each in scales))
+
+
+@torch.library.custom_op("tp_cuda::linear", mutates_args=())
+def _linear(x: Tensor, tensors: list[Tensor], group_size: int, gated: bool) -> Tensor:
+    x_RK = x.reshape(-1, x.shape[-1])
+    n = tensors[0].shape[0] // (2 if gated else 1)
+    shape = (*x.shape[:-1], n)
+    if x_RK.shape[0] <= MOST_ROWS:
+        return _few_rows(x_RK, tuple(tensors), group_size, gated).to(x.dtype).view(shape)
+    return _many_rows(x_RK, tuple(tensors), group_size, gated).to(x.dtype).view(shape)
+
+
+@_linear.register_fake
+def _(x: Tensor, tensors: list[Tensor], group_size: int, gated: bool) -> Tensor:
+    return x.new_empty((*x.shape[:-1], tensors[0].shape[0] // (2 if gated else 1)))
+
+
+def _few_rows(x_RK: Tensor, tensors: tuple[Tensor, ...], group_size: int, gated: bool) -> Tensor:
+    rows, k = x_RK.shape
+    tile = choose_tile(tensors[0], k, rows, gated=gated)
+    n = tensors[0].shape[0] // (2 if gated else 1)
+    y_SRN = torch.empty((tile.splits, rows, n), dtype=torch.float32, device=x_RK.device)
+    gemv_(x_RK.bfloat16().contiguous(), tensors, y_SRN, group_size=group_size, gated=gated, tile=tile)
+    return y_SRN.sum(0) if tile.splits > 1 else y_SRN[0]
+
+
+def _many_rows(x_RK: Tensor, tensors: tuple[Tensor, ...], group_size: int, gated: bool) -> Tensor:
+    x_RK = x_RK.bfloat16()
+    (n, k), w = (tensors[0].shape[0], x_RK.shape[1]), tensors[0]
+    y_RN = torch.empty((x_RK.shape[0], n), dtype=torch.bfloat16, device=x_RK.device)
+    step = n if w.dtype == torch.bfloat16 else max(256, _SLICE_VALUES // k // 256 * 256)
+    for start in range(0, n, step):
+        part = _rows(tensors, start, min(start + step, n))
+        w_NK = w if w.dtype == torch.bfloat16 else dequantize(part, k, group_size)
+        y_RN[:, start : start + step] = F.linear(x_RK, w_NK)
+    if gated:
+        return F.silu(y_RN[:, : n // 2]) * y_RN[:, n // 2 :]
+    return y_RN
+
+
+def linear(x: Tensor, tensors: tuple[Tensor, ...], *, group_size: int, gated: bool = False) -> Tensor:
+    """x W^T in x's dtype, or silu(gate) * up of it. x: [..., k], any number of rows."""
+    return _linear(x, list(tensors), group_size, gated)

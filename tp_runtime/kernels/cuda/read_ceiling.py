@@ -1,0 +1,81 @@
+"""The read ceiling of one GPU: how fast a kernel that does nothing else reads memory, in GB/s.
+
+Every word of a buffer many times the L2 is read once and folded into one number a program. Timed with
+events over launches captured in a graph; the best of a few shapes, each the median of several replays.
+
+    python -m tp_runtime.kernels.cuda.read_ceiling [--bytes N]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+
+import torch
+import triton
+import triton.language as tl
+
+_SHAPES = ((1024, 4, 4, 8), (2048, 4, 8, 4), (2048, 8, 8, 2), (1024, 8, 4, 8))
+
+
+@triton.jit
+def _read_kernel(data_ptr, out_ptr, blocks, WORDS: tl.constexpr, UNROLL: tl.constexpr):
+    acc = tl.zeros([WORDS], tl.int32)
+    for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
+        base = block.to(tl.int64) * (WORDS * UNROLL)
+        for part in tl.static_range(UNROLL):
+            acc ^= tl.load(data_ptr + base + part * WORDS + tl.arange(0, WORDS))
+    tl.store(out_ptr + tl.program_id(0), tl.xor_sum(acc, 0))
+
+
+def read_ceiling_gb_s(num_bytes: int = 4 << 30, repeat: int = 5) -> float:
+    """GB/s (10^9 bytes) at which the current GPU reads `num_bytes` of its memory."""
+    data = torch.empty(num_bytes // 4, dtype=torch.int32, device="cuda").random_()
+    processors = torch.cuda.get_device_properties(data.device).multi_processor_count
+    best = 0.0
+    for words, unroll, warps, programs in _SHAPES:
+        blocks = data.numel() // (words * unroll)
+        out = torch.empty(processors * programs, dtype=torch.int32, device="cuda")
+        seconds = graph_seconds(
+            lambda words=words, unroll=unroll, warps=warps, out=out, blocks=blocks: _read_kernel[(len(out),)](
+                data, out, blocks, WORDS=words, UNROLL=unroll, num_warps=warps
+            ),
+            repeat,
+        )
+        best = max(best, blocks * words * unroll * 4 / seconds / 1e9)
+    return best
+
+
+def graph_seconds(run, repeat: int = 5) -> float:
+    """Median seconds of one replay of run(), captured."""
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    graph.replay()
+    taken = []
+    for _ in range(repeat):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        stop.record()
+        torch.cuda.synchronize()
+        taken.append(start.elapsed_time(stop) / 1e3)
+    return statistics.median(taken)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure and print; see the module."""
+    parser = argparse.ArgumentParser(prog="read_ceiling", description="measure a GPU's read bandwidth")
+    parser.add_argument("--bytes", type=int, default=4 << 30, help="memory to read (default: 4 GiB)")
+    args = parser.parse_args(argv)
+    figure = read_ceiling_gb_s(args.bytes)
+    sys.stdout.write(json.dumps({"gpu": torch.cuda.get_device_name(), "gb_s": figure}) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
