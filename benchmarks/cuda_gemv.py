@@ -50,7 +50,7 @@ def make_weights(kind: str, n: int, k: int, copies: int) -> list[tuple[Any, ...]
         else:
             group = int(kind.removeprefix("int4-g"))
             q = torch.randint(0, 256, (n, k // 2), device="cuda", dtype=torch.uint8)
-            made.append((q, scales(k // group, n).half()))
+            made.append((q, scales(k // group // 2, n, 2).half().view(torch.int32).squeeze(-1)))
     return made
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import psutil
 import torch
@@ -53,6 +54,7 @@ from .residual import keep_residual_in_fp32
 from .runner import ModelRunner
 from .source import ModelSource
 
+CUDA_WAIT_S = 60.0  # a reduction inside a captured step waits that long for a peer
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -117,7 +119,13 @@ def build_runner(source: ModelSource, config: EngineConfig, mesh: DeviceMesh, de
     wanted = compile and config.native_step and not reference and device == "cpu"
     native = native_step(model, cache, group) if wanted else None
     head = plan["model.embed_tokens.weight" if source.config.tie_word_embeddings else "lm_head.weight"]
-    runner = ModelRunner(
+    settings: dict[str, Any] = {}
+    kind: type[ModelRunner] = ModelRunner
+    if device == "cuda":
+        from .cuda_runner import CudaRunner
+
+        kind, settings = CudaRunner, {"timeout_s": config.collective_timeout_s or CUDA_WAIT_S}
+    runner = kind(
         model,
         cache,
         group,
@@ -129,6 +137,7 @@ def build_runner(source: ModelSource, config: EngineConfig, mesh: DeviceMesh, de
         reference=reference,
         native=native,
         device=device,
+        **settings,
     )
     token_bytes = weight_bytes_per_token(
         plan, source.config.tie_word_embeddings, format_of, DTYPE_BYTES[dtype]

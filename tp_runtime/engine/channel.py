@@ -30,6 +30,7 @@ class Operation(enum.IntEnum):
     RESULT = 2
     CLOSE = 3
     DRAFT = 4
+    BURST = 5
 
 
 class Channel:

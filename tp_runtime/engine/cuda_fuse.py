@@ -81,7 +81,7 @@ def _joined(modules: Sequence[nn.Module]) -> FusedLinear | None:
     tensors = []
     for at in range(len(weights[0].tensors)):
         each = [weight.tensors[at] for weight in weights]
-        # Values are [rows, bytes] and scales [rows] or [groups, rows]: rows are joined.
+        # Values are [rows, bytes] and scales [rows] or [pairs, rows]: rows are joined.
         tensors.append(torch.cat(each, dim=0 if at == 0 else -1))
     sizes = [weight.n for weight in weights]
     bias = torch.cat([b for b in biases if b is not None]) if biases[0] is not None else None

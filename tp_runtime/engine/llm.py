@@ -26,10 +26,11 @@ from ..text.byte_tokenizer import ByteTokenizer
 from . import sampling
 from .batch import Batch
 from .build import build_runner, usable_device
+from .burst import decode_burst, unpack_burst
 from .ceiling import job_read_ceiling_gb_s
 from .channel import Channel, Operation, from_words, to_words
 from .figures import Timing
-from .kv_blocks import SCRATCH_BLOCK, BlockPool
+from .kv_blocks import BlockPool
 from .sequence import Completion
 from .sequence import Sequence as Answer
 from .source import resolve
@@ -73,7 +74,7 @@ class LLM:
         self.speculator = build_speculator(self.config, self.source, self.built, self.mesh, self._announced)
         self.timing: Timing | None = None
         self._tokenizer: Tokenizer | ByteTokenizer | None = None
-        self._warm_up()
+        self.runner.warm_up()
         limit_s = (
             self.config.collective_timeout_s or env.get_float("TP_COLLECTIVE_TIMEOUT") or DECODE_TIMEOUT_S
         )
@@ -182,11 +183,17 @@ class LLM:
             speculator.begin()
         start = first = time.perf_counter()
         untimed = 0  # tokens that rows drew while others still had none
+        tell: OnText = on_text if on_text is not None else lambda _, piece: None
         while batch.busy:
             batch.admit()
             if speculator is not None:
                 speculator.propose(batch.running)
             rows = batch.next_rows()
+            if speculator is None and decode_burst(
+                self.runner, self._channel, rows, lambda a, piece: tell(index[id(a)], piece)
+            ):
+                batch.retire()
+                continue
             any_first = False
             for answer, logits_NV in self._run(rows):
                 any_first |= not answer.output
@@ -255,19 +262,12 @@ class LLM:
             elif operation is Operation.DRAFT:
                 assert self.speculator is not None, "a draft step without a draft"
                 self.speculator.drafter.follow(Step.unpack(words))
+            elif operation is Operation.BURST:
+                self.runner.start_burst(*unpack_burst(words))
             elif operation is Operation.RESULT:
                 return [_completion(fields) for fields in json.loads(from_words(words))]
             else:
                 raise CollectiveError("rank 0 left while this rank waited for a result; see its own message")
-
-    def _warm_up(self) -> None:
-        """Compile what decoding and prefill run, on all ranks at once. Writes the scratch block only."""
-        if not self.runner.compiled:
-            return
-        for count in (1, 2):
-            self.runner.execute(Step((Row((0,) * count, 0, (SCRATCH_BLOCK,), 1),)))
-        if self.speculator is not None:
-            self.speculator.drafter.warm_up()
 
 
 def _completion(fields: dict[str, Any]) -> Completion:

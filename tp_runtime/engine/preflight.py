@@ -43,7 +43,7 @@ def preflight(engine: EngineConfig, sampling: SamplingParams, nproc: int, reques
 
 
 def preflight_engine(engine: EngineConfig, nproc: int) -> tuple[ModelSource, int, DraftPlan | None]:
-    """The model's source, the context and the draft, after refusing what cannot be loaded over `nproc` ranks."""
+    """The model's source, the context and the draft, after refusing what cannot be loaded over the ranks."""
     _refuse_cache_folder()
     source = _source(engine)
     device = pick_device(engine)

@@ -14,7 +14,7 @@ Legend: T tokens of the step, H hidden size, D head dim, L wanted logit rows, V 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -26,9 +26,10 @@ from ..kernels.step import StepPlan
 from ..models.llama import Llama
 from ..sharding.layers import gather_last_dim
 from ..sharding.plan import Ranges
+from .kv_blocks import SCRATCH_BLOCK
 from .kv_cache import KVCache
 from .native_step import native_step
-from .step import Step, StepTensors
+from .step import Row, Step, StepTensors
 
 
 def _layer_step(
@@ -96,6 +97,25 @@ class ModelRunner:
         self._layer: Callable[..., Tensor] = (
             torch.compile(_layer_step, fullgraph=True) if compile else _layer_step
         )
+
+    @property
+    def burst_steps(self) -> int:
+        """Steps it can run in a row, feeding its own greedy choices to itself; 0: none (see CudaRunner)."""
+        return 0
+
+    def start_burst(self, step: Step, steps: int) -> None:
+        """Queue such steps. Only where burst_steps is not 0."""
+        raise NotImplementedError(f"{type(self).__name__} runs one step at a time")
+
+    def burst_tokens(self, rows: int, steps: int) -> Iterator[list[int]]:
+        """The tokens of each step of a burst, one a row."""
+        raise NotImplementedError(f"{type(self).__name__} runs one step at a time")
+
+    def warm_up(self) -> None:
+        """Compile what decoding and prefill run, on all ranks at once. Writes the scratch block only."""
+        if self.compiled:
+            for count in (1, 2):
+                self.execute(Step((Row((0,) * count, 0, (SCRATCH_BLOCK,), 1),)))
 
     def _rotary(self, positions_T: Tensor) -> tuple[Tensor, Tensor]:
         if self.native is None:

@@ -40,8 +40,8 @@ def rope_write_kernel(
     qkv: fp32 [SPLITS, T, (H + 2K) D]. cos, sin: fp32 [positions, D/2]. table: block numbers of each row.
     """
     if PDL:
-        gdc_launch_dependents()
         gdc_wait()
+        gdc_launch_dependents()
     token, head = tl.program_id(0), tl.program_id(1)
     half = tl.arange(0, D // 2)
     SIZE: tl.constexpr = (H + 2 * K) * D
@@ -110,8 +110,8 @@ def decode_kernel(
     [T, K, SPLITS, ROWS, D], stats: fp32 [T, K, SPLITS, 2, ROWS], count: int32 [T, K], zero before and after.
     """
     if PDL:
-        gdc_launch_dependents()
         gdc_wait()
+        gdc_launch_dependents()
     token, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     GROUP: tl.constexpr = H // K
     context = tl.load(position_ptr + token) + 1

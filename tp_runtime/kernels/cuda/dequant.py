@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .gemv import BF16, INT4, nibbles_to_bf16
+from .gemv import BF16, INT4, halves, nibbles_to_bf16
 
 
 @triton.jit
@@ -29,13 +29,16 @@ def dequantize_kernel(
             w_ptr + n[:, None].to(tl.int64) * w_stride + pair * G + k[None, :], mask=inside, other=0
         )
         ZERO: tl.constexpr = 0 if ASYMMETRIC else 8
+        at = pair * scale_stride + n
+        scale_low, scale_high = halves(tl.load(scale_ptr + at, mask=n < N, other=0))
+        if ASYMMETRIC:
+            offset_low, offset_high = halves(tl.load(offset_ptr + at, mask=n < N, other=0))
         for half in tl.static_range(2):
             column = (2 * pair + half) * G + k
             values = nibbles_to_bf16(packed, half == 1, ZERO, ASM).to(tl.float32)
-            at = (2 * pair + half) * scale_stride + n
-            values *= tl.load(scale_ptr + at, mask=n < N, other=0.0).to(tl.float32)[:, None]
+            values *= (scale_high if half == 1 else scale_low)[:, None]
             if ASYMMETRIC:
-                values += tl.load(offset_ptr + at, mask=n < N, other=0.0).to(tl.float32)[:, None]
+                values += (offset_high if half == 1 else offset_low)[:, None]
             where = out_ptr + n[:, None].to(tl.int64) * K + column[None, :]
             tl.store(where, values.to(tl.bfloat16), mask=inside & (column[None, :] < K))
     else:

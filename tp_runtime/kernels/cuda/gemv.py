@@ -17,6 +17,11 @@ int4 is stored in planes (pack.py): one byte holds a column of one group low and
 that a tile unpacks into two tiles of one scale a row each. Group scales multiply the fp32 sums of a group,
 never a weight: nothing is rounded that the format does not round.
 
+With programmatic dependent launch (PDL) a program starts while the kernel before it still runs, asks for its
+first weights to be brought into L2, and only then waits for its input: the memory is kept busy while small
+kernels run. It lets the next kernel start when its own loop is over; earlier, that one's prefetched lines
+would be gone from L2 before they are read.
+
 Legend: R rows of x, N outputs, K inputs, G columns of a group.
 """
 
@@ -108,6 +113,14 @@ def _accumulate(
 
 
 @triton.jit
+def halves(words):
+    """The two fp16 in each 32-bit word, low one first, in fp32."""
+    low = (words & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True)
+    high = (words >> 16).to(tl.int16).to(tl.float16, bitcast=True)
+    return low.to(tl.float32), high.to(tl.float32)
+
+
+@triton.jit
 def _accumulate_int4(
     acc,
     w_ptrs,
@@ -130,8 +143,8 @@ def _accumulate_int4(
     """acc [BN, BR] plus the sums over pairs of groups first .. first+steps of weights in planes."""
     w_ptrs += first * G
     x_ptrs += first * (2 * G)
-    scale_ptrs += first * (2 * N)
-    offset_ptrs += first * (2 * N)
+    scale_ptrs += first * N
+    offset_ptrs += first * N
     ZERO: tl.constexpr = 0 if ASYMMETRIC else 8
     for i in tl.range(0, steps, num_stages=STAGES):
         w = tl.load(w_ptrs)
@@ -142,21 +155,19 @@ def _accumulate_int4(
             left = K - (first + i) * (2 * G)
             x_low = tl.load(x_ptrs, mask=(r[None, :] < R) & (k[:, None] < left), other=0.0)
             x_high = tl.load(x_ptrs + G, mask=(r[None, :] < R) & (k[:, None] + G < left), other=0.0)
-        scale_low = tl.load(scale_ptrs).to(tl.float32)
-        scale_high = tl.load(scale_ptrs + N).to(tl.float32)
+        scale_low, scale_high = halves(tl.load(scale_ptrs))
         low = nibbles_to_bf16(w, False, ZERO, ASM)
         high = nibbles_to_bf16(w, True, ZERO, ASM)
         acc += tl.dot(low, x_low) * scale_low[:, None]
         acc += tl.dot(high, x_high) * scale_high[:, None]
         if ASYMMETRIC:
-            offset_low = tl.load(offset_ptrs).to(tl.float32)
-            offset_high = tl.load(offset_ptrs + N).to(tl.float32)
+            offset_low, offset_high = halves(tl.load(offset_ptrs))
             acc += offset_low[:, None] * tl.sum(x_low.to(tl.float32), axis=0)[None, :]
             acc += offset_high[:, None] * tl.sum(x_high.to(tl.float32), axis=0)[None, :]
-            offset_ptrs += 2 * N
+            offset_ptrs += N
         w_ptrs += G
         x_ptrs += 2 * G
-        scale_ptrs += 2 * N
+        scale_ptrs += N
     return acc
 
 
@@ -194,8 +205,6 @@ def gemv_kernel(
     x [R, K] bf16. N: outputs (of W's N rows, or where GATED of its gate half; the up half follows). y:
     [SPLITS, R, N], or with one split [R, N] in its own dtype.
     """
-    if PDL:
-        gdc_launch_dependents()
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     split, splits = tl.program_id(1), tl.num_programs(1)
     r = tl.arange(0, BR)
@@ -241,5 +250,7 @@ def gemv_kernel(
         if NUM_SUMS > 0:
             up *= rms[None, :]
         acc = acc / (1.0 + tl.exp(-acc)) * up
+    if PDL:
+        gdc_launch_dependents()
     y_ptrs = y_ptr + (split * R + r[None, :]) * N + n[:, None]
     tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=(r[None, :] < R) & (n[:, None] < N))

@@ -45,15 +45,18 @@ def kind_of(w: Tensor) -> int:
 
 
 def choose_tile(w: Tensor, k: int, rows: int, *, gated: bool) -> Tile:
-    """The tile for a weight: enough programs for the whole GPU, several kilobytes in flight each."""
+    """The tile for a weight: as measured on an H200 by benchmarks/cuda_gemv.py.
+
+    int4 has half the bytes in a tile and wants twice the programs.
+    """
     kind, n = kind_of(w), w.shape[0] // (2 if gated else 1)
-    bk = {BF16.value: 128, FP8.value: 128, INT8.value: 128, INT4.value: 0}[kind]
-    tiles = -(-n // 64)
+    bk = {BF16.value: 128, FP8.value: 256, INT8.value: 256, INT4.value: 0}[kind]
+    wanted = 512 if kind == INT4.value else 256
     splits = 1
-    if not gated:
-        while tiles * splits < 600 and splits < 8 and k // (2 * splits) >= 1024:
-            splits *= 2
-    return Tile(64, bk, splits, 4, 4)
+    while not gated and -(-n // 64) * splits < wanted and splits < 8 and k // (2 * splits) >= 1024:
+        splits *= 2
+    stages = 4 if kind != INT4.value else 6 if gated else 3
+    return Tile(64, bk, splits, 4, stages)
 
 
 @torch.library.custom_op("tp_cuda::gemv_", mutates_args=("y",))
@@ -197,7 +200,7 @@ def dequantize(tensors: tuple[Tensor, ...], k: int, group_size: int, out: Tensor
 
 
 def _rows(tensors: tuple[Tensor, ...], start: int, stop: int) -> tuple[Tensor, ...]:
-    """The same weight's rows start..stop. Scales a group are [groups, n], those a channel [n]."""
+    """The same weight's rows start..stop. Scales a pair of groups are [pairs, n], those a channel [n]."""
     w, *scales = tensors
     return (w[start:stop], *(each[..., start:stop] for each in scales))
 

@@ -3,8 +3,8 @@
 bf16, fp8 and int8 stay [n, k], row by row. int4 is stored in planes: for every pair of groups of G columns,
 G bytes of which byte j holds column j of the first group low and of the second one high, so that the bytes
 of a row lie together and unpack into two tiles that have one scale a row each. Group scales (and offsets)
-are transposed to [groups, n], so that a tile's lie together. Missing columns at the end are filled with
-values whose scale is 0.
+are kept pair by pair, [pairs, n] words of two fp16, so that a tile's lie together. Missing columns at the
+end are filled with values whose scale is 0.
 
 Legend: N rows, K columns, G groups.
 """
@@ -19,10 +19,10 @@ from ..reference import unpack_nibbles
 
 def takes(*, bits: int, group_size: int, head: int, n: int, k: int) -> bool:
     """True where the kernels can read such a weight: rows of whole 16 bytes, groups of whole columns."""
-    if n == 0 or k == 0 or head:
+    if n == 0 or k == 0:
         return False
     if bits == 4:
-        return group_size in (32, 64, 128)
+        return group_size in (32, 64, 128) and head == 0
     return group_size == 0 and k % 16 == 0
 
 
@@ -51,10 +51,14 @@ def unpack_planes(packed: Tensor, k: int, group_size: int) -> Tensor:
     return torch.stack((pairs & 15, pairs >> 4), dim=2).flatten(1)[:, :k]
 
 
-def transpose_groups(scale: Tensor, k: int, group_size: int) -> Tensor:
-    """fp16 [N, groups] -> fp16 [padded groups, N], contiguous; groups that are not there are 0."""
+def pair_groups(scale: Tensor, k: int, group_size: int) -> Tensor:
+    """fp16 [N, groups] -> int32 [pairs, N]: the scales of a pair of groups, the first one low.
+
+    Groups that are not there are 0. Words of 32 bits are the least that cp.async moves.
+    """
     missing = padded_columns(k, group_size) // group_size - scale.shape[1]
-    return torch.nn.functional.pad(scale.half(), (0, missing)).t().contiguous()
+    padded = torch.nn.functional.pad(scale.half(), (0, missing))
+    return padded.view(padded.shape[0], -1, 2).transpose(0, 1).contiguous().view(torch.int32).squeeze(-1)
 
 
 def pack(
@@ -67,5 +71,5 @@ def pack(
     if bits == 8:
         return q.contiguous(), scale.float().contiguous()
     planes = pack_planes(q, k, group_size)
-    scales = [transpose_groups(each, k, group_size) for each in (scale, offset) if each is not None]
+    scales = [pair_groups(each, k, group_size) for each in (scale, offset) if each is not None]
     return (planes, *scales)
