@@ -1,10 +1,11 @@
 """Decoding on GPUs through the public engine: prefill and decode speed at batch 1, share of the read ceiling.
 
     tp-launch --nproc 2 benchmarks/cuda_decode.py --model llama-70b --quant int8 [--prompt-tokens 128]
-        [--new-tokens 128] [--repeat 5] [--rows 1] [--profile]
+        [--new-tokens 128] [--repeat 5] [--rows 1,5] [--prefill-tokens 2048] [--profile]
 
 Random weights. Each repeat is one generate call of greedy rows; the medians are reported, and the spread.
-The ceiling is each GPU's read-only kernel of the same run. --profile: time a token by kernel, from torch's
+The ceiling is each GPU's read-only kernel of the same run. Prefill's share of the peak: 2 operations a weight
+of the layers and a token, over the time to the first token, over an 8192^3 bf16 product's rate. --profile: time a token by kernel, from torch's
 profiler over a few replays. The last line on stdout is one JSON document.
 """
 
@@ -37,6 +38,55 @@ def profile(llm: Any, rows: int, top: int = 12) -> list[dict[str, Any]]:
     return kernels[:top]
 
 
+def matmul_peak_flops() -> float:
+    """Operations a second of a large bf16 product on this GPU."""
+    import torch
+    from tp_runtime.kernels.cuda.read_ceiling import graph_seconds
+
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    out = torch.empty_like(a)
+    return 2 * 8192**3 / graph_seconds(lambda: torch.mm(a, b, out=out), 9)
+
+
+def decode(llm: Any, rows: int, args: argparse.Namespace, token_bytes: int, ceiling: float) -> dict[str, Any]:
+    """Medians of `repeat` generate calls of `rows` greedy rows."""
+    from tp_runtime import SamplingParams
+
+    prompts = [[(7 * i + 31 * row) % 30000 + 3 for i in range(args.prompt_tokens)] for row in range(rows)]
+    speeds, first = [], []
+    for _ in range(args.repeat + 1):
+        llm.generate(prompts, SamplingParams(max_new_tokens=args.new_tokens, ignore_eos=True))
+        if llm.rank == 0:
+            speeds.append(llm.timing.tok_s)
+            first.append(llm.timing.ttft_s)
+    if llm.rank != 0:
+        return {}
+    speed = statistics.median(speeds[1:])
+    return {
+        "rows": rows, "tok_s": speed, "tok_s_each": speeds[1:], "ms_a_step": 1e3 * rows / speed,
+        "mbu": token_bytes * speed / rows / (ceiling * 1e9), "ttft_s": statistics.median(first[1:]),
+        "first_ttft_s": first[0],
+    }  # fmt: skip
+
+
+def prefill(llm: Any, count: int) -> dict[str, Any]:
+    """Median time to the first token of a prompt of `count` tokens, and its share of the matmul peak."""
+    from tp_runtime import SamplingParams
+
+    prompt, taken = [[(11 * i) % 30000 + 3 for i in range(count)]], []
+    for _ in range(5):
+        llm.generate(prompt, SamplingParams(max_new_tokens=1, ignore_eos=True))
+        if llm.rank == 0:
+            taken.append(llm.timing.ttft_s)
+    peak = matmul_peak_flops() * llm.world_size
+    if llm.rank != 0:
+        return {}
+    layers = [w for w in llm.built.plan.weights if ".layers." in w.name and len(w.shape) == 2]
+    seconds = statistics.median(taken[1:])
+    operations = 2 * count * sum(w.shape[0] * w.shape[1] for w in layers)
+    return {"tokens": count, "s": seconds, "share_of_peak": operations / seconds / peak, "peak_flops": peak}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", default="llama-8b")
@@ -44,59 +94,39 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--repeat", type=int, default=5)
-    parser.add_argument("--rows", type=int, default=1)
+    parser.add_argument("--rows", default="1")
     parser.add_argument("--prefill-tokens", type=int, default=0)
-    parser.add_argument("--layers", type=int)
     parser.add_argument("--profile", action="store_true")
     args = parser.parse_args()
+    rows = [int(each) for each in args.rows.split(",")]
     started = time.perf_counter()
     import torch
-    from tp_runtime import LLM, SamplingParams
-    from tp_runtime.engine.report import run_figures
+    from tp_runtime import LLM
 
-    chunk = max(512, args.prefill_tokens)
     llm = LLM(
         args.model, random_weights=True, quant=args.quant, device="cuda", measure_ceiling=True,
-        context=4096, max_batch=max(args.rows, 1), prefill_chunk=chunk, layers=args.layers,
+        context=4096, max_batch=max(rows), prefill_chunk=max(512, args.prefill_tokens),
     )  # fmt: skip
     with llm:
         ready = time.perf_counter() - started
-        prompts = [[(7 * i + 31 * row) % 30000 + 3 for i in range(args.prompt_tokens)] for row in range(args.rows)]
-        params = SamplingParams(max_new_tokens=args.new_tokens, ignore_eos=True)
-        speeds, first = [], []
-        for _ in range(args.repeat + 1):
-            llm.generate(prompts, params)
-            if llm.rank == 0:
-                speeds.append(llm.timing.tok_s)
-                first.append(llm.timing.ttft_s)
-        long = []
-        if args.prefill_tokens:
-            prompt = [[(11 * i) % 30000 + 3 for i in range(args.prefill_tokens)]]
-            for _ in range(4):
-                llm.generate(prompt, SamplingParams(max_new_tokens=1, ignore_eos=True))
-                if llm.rank == 0:
-                    long.append(llm.timing.ttft_s)
-        kernels = profile(llm, args.rows) if args.profile else []
-        figures = run_figures(llm)
+        token_bytes, ceiling = llm.built.weight_bytes_per_token, llm.read_ceiling_gb_s
+        runs = [decode(llm, each, args, token_bytes, ceiling) for each in rows]
+        prompt = prefill(llm, args.prefill_tokens) if args.prefill_tokens else None
+        kernels = profile(llm, rows[0]) if args.profile else []
         if llm.rank != 0:
             return
-    speed = statistics.median(speeds[1:])
-    ceiling, token_bytes = figures["read_ceiling_gb_s"], figures["weight_bytes_per_token"]
     document = {
-        "model": args.model, "layers": args.layers, "quant": args.quant, "world_size": llm.world_size,
-        "rows": args.rows, "tokens": [args.prompt_tokens, args.new_tokens],
-        "tok_s": speed, "tok_s_each": speeds[1:], "ms_a_step": 1e3 * args.rows / speed,
-        "mbu": token_bytes * speed / args.rows / (ceiling * 1e9), "read_ceiling_gb_s": ceiling,
-        "weight_bytes_per_token": token_bytes, "ttft_s": statistics.median(first[1:]),
-        "first_ttft_s": first[0], "ready_s": ready, "prefill_tokens": args.prefill_tokens,
-        "prefill_s": statistics.median(long[1:]) if long else None,
-        "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "cuda": torch.version.cuda,
-        "python": platform.python_version(), "kernels": kernels,
+        "command": " ".join(sys.argv), "model": args.model, "quant": args.quant,
+        "world_size": llm.world_size, "prompt_tokens": args.prompt_tokens, "new_tokens": args.new_tokens,
+        "read_ceiling_gb_s": ceiling, "weight_bytes_per_token": token_bytes, "ready_s": ready,
+        "runs": runs, "prefill": prompt, "kernels": kernels, "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__, "cuda": torch.version.cuda, "python": platform.python_version(),
     }  # fmt: skip
     for each in kernels:
         print(f"{each['us_a_token']:9.1f} us {each['calls']:6d} {each['kernel']}", file=sys.stderr)
-    print(f"{args.model} {args.quant} x{llm.world_size}, {args.rows} rows: {speed:.1f} tokens/s, MBU "
-          f"{document['mbu']:.2f}, ready in {ready:.0f} s", file=sys.stderr)  # fmt: skip
+    for run in runs:
+        print(f"{args.model} {args.quant} x{llm.world_size}, {run['rows']} rows: {run['tok_s']:.1f} tokens/s, "
+              f"MBU {run['mbu']:.2f}, ready in {ready:.0f} s", file=sys.stderr)  # fmt: skip
     print(json.dumps(document))
 
 

@@ -33,14 +33,14 @@ def linear(x: Tensor, weight: QuantizedTensor) -> Tensor:
 
 
 def round_weight(w_NK: Tensor, form: WeightFormat) -> tuple[Tensor, Tensor, Tensor | None]:
-    """A whole weight rounded group by group: (q [N, K] unpacked, as int16; scale; offset or None).
+    """A whole weight rounded group by group: (q [N, K] unpacked, as int16 or fp32; scale; offset or None).
 
     w_NK: fp32. scale: fp32 [N] per channel, fp16 [N, G] per group, as in quant.tensor. One group of
     columns of one row at a time, in Python: for small weights in tests.
     """
     n, k = w_NK.shape
     size = form.group_size or k
-    q_NK = torch.zeros(n, k, dtype=torch.int16)
+    q_NK = torch.zeros(n, k, dtype=torch.float32 if form.is_float else torch.int16)
     scale_NG = torch.zeros(n, -(-k // size))
     offset_NG = torch.zeros(n, -(-k // size))
     kept = torch.float32 if form.group_size is None else torch.float16
@@ -59,6 +59,10 @@ def _round_group(values: Tensor, form: WeightFormat, kept: torch.dtype) -> tuple
     """(q, scale, offset) of the values that share one scale; scale and offset in fp32, rounded to `kept`."""
     low, high = values.min(), values.max()
     offset = torch.zeros(())
+    if form.is_float:
+        scale = torch.maximum(high, -low) / 448
+        steps = values / scale if scale != 0 else torch.zeros_like(values)
+        return steps.to(torch.float8_e4m3fn).float(), scale, offset
     if form.asymmetric:
         offset, scale, least, most, zero = low, (high - low) / 15, 0, 15, 0
     elif form.bits == 4:

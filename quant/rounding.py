@@ -8,6 +8,7 @@ byte for byte, on the CPU and on a GPU.
 
 Rules (m is the group's value of largest magnitude, with its sign; ties take the positive one):
 - int8 per channel: scale = |m| / 127 in fp32.
+- fp8 per channel: scale = |m| / 448 in fp32, values rounded to the nearest e4m3.
 - int8 groups: scale = |m| / 127, as GGML's Q8_0.
 - int4 symmetric: scale = m / -8, as Q4_0: the larger side of an asymmetric group uses all of its range.
 - int4 asymmetric: offset = min, scale = (max - min) / 15, as Q4_1.
@@ -67,6 +68,10 @@ def quantize(w_NC: Tensor, layout: WeightLayout, absmax_N: Tensor | None = None)
 
 def _per_channel(w_NK: Tensor, layout: WeightLayout, absmax_N: Tensor) -> QuantizedTensor:
     _require_finite(absmax_N)
+    if layout.format is not None and layout.format.is_float:
+        scale_N = absmax_N / torch.finfo(torch.float8_e4m3fn).max
+        q_NK = w_NK.float() / _divisor(scale_N).unsqueeze(1)
+        return QuantizedTensor(layout, q_NK.to(torch.float8_e4m3fn), scale_N)
     scale_N = absmax_N / 127
     q_NK = (w_NK.float() / _divisor(scale_N).unsqueeze(1)).round_().clamp_(-127, 127)
     return QuantizedTensor(layout, q_NK.to(torch.int8), scale_N)

@@ -1,9 +1,9 @@
 """One quantised weight, or a rank's part of it, in canonical form: what every kernel packs from.
 
 Logical shape [n, k] = layout.local_shape. Stored:
-- 8 bits: q int8 [n, k]. 4 bits: q uint8 [n, ceil(k/2)], local column 2j in the low nibble of byte j,
+- 8 bits: q int8 [n, k], or float8_e4m3fn for fp8. 4 bits: q uint8 [n, ceil(k/2)], local column 2j in the low nibble of byte j,
   2j+1 in the high one; a missing last column is 0.
-- per channel (int8): scale fp32 [n], w = scale * q.
+- per channel (int8, fp8): scale fp32 [n], w = scale * q.
 - per group: scale fp16 [n, G] for the G groups of the whole weight that the part touches
   (layout.groups; local column j belongs to group (layout.head + j) // group_size), offset likewise or
   None. int8: w = scale * q. int4: w = scale * (q - 8), or with offsets w = scale * q + offset.
@@ -57,7 +57,8 @@ class QuantizedTensor:
         form = layout.format
         assert form is not None, "a plain weight has no quantised form"
         (n, k), (g0, g1) = layout.local_shape, layout.groups
-        q_shape, q_dtype = ((n, k), torch.int8) if form.bits == 8 else ((n, (k + 1) // 2), torch.uint8)
+        eight_bits = torch.float8_e4m3fn if form.is_float else torch.int8
+        q_shape, q_dtype = ((n, k), eight_bits) if form.bits == 8 else ((n, (k + 1) // 2), torch.uint8)
         scale_shape = (n,) if form.group_size is None else (n, g1 - g0)
         scale_dtype = torch.float32 if form.group_size is None else torch.float16
         scale = torch.empty(scale_shape, dtype=scale_dtype, device=device)

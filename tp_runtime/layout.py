@@ -19,7 +19,8 @@ class WeightFormat:
     """How the values of one weight are stored.
 
     bits: 4 or 8. group_size: columns that share a scale; None: one scale a row ("per channel").
-    asymmetric: a group also has an offset (its minimum), w = scale * q + offset.
+    asymmetric: a group also has an offset (its minimum), w = scale * q + offset. is_float: values are
+    float8_e4m3fn instead of integers.
     scale_bytes: bytes of one scale (and of one offset): 4 per channel (fp32), 2 per group (fp16).
     """
 
@@ -27,6 +28,7 @@ class WeightFormat:
     bits: int
     group_size: int | None = None
     asymmetric: bool = False
+    is_float: bool = False
 
     @property
     def scale_bytes(self) -> int:
@@ -35,6 +37,7 @@ class WeightFormat:
 
 FORMATS: dict[str, WeightFormat] = {
     "int8": WeightFormat("int8", 8),
+    "fp8": WeightFormat("fp8", 8, is_float=True),
     "int8-g32": WeightFormat("int8-g32", 8, 32),
     "int4-g32": WeightFormat("int4-g32", 4, 32),
     "int4-g64": WeightFormat("int4-g64", 4, 64),

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 _PUSH = tl.constexpr(
     "{ .reg .b64 t; mov.b64 t, {$2, $3}; st.relaxed.sys.global.b64 [$1], t; mov.b32 $0, 0; }"
@@ -119,16 +118,13 @@ def reduce_norm_kernel(
     part_ptr, bias_ptr, residual_ptr, weight_ptr, x_ptr, sums_ptr, buffers_ptr, epoch_ptr, status_ptr, op,
     limit_ns, T,
     H: tl.constexpr, BC: tl.constexpr, SPLITS: tl.constexpr, FIRST: tl.constexpr, HAS_BIAS: tl.constexpr,
-    RANK: tl.constexpr, WORLD: tl.constexpr, WORDS: tl.constexpr, PDL: tl.constexpr,
+    RANK: tl.constexpr, WORLD: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
     """residual (+)= sum over splits and ranks of part; x = residual * weight; sums of squares.
 
     part: fp32 [SPLITS, T, H]. residual: fp32 [T, H], FIRST: only written. x: bf16 [T, H]. sums: fp32
     [T, programs].
     """
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
     token, piece = tl.program_id(0), tl.program_id(1)
     column = piece * BC + tl.arange(0, BC)
     inside = column < H
@@ -154,12 +150,8 @@ def reduce_norm_kernel(
 def all_reduce_kernel(
     x_ptr, y_ptr, buffers_ptr, epoch_ptr, status_ptr, op, limit_ns, count,
     IS_BF16: tl.constexpr, BC: tl.constexpr, RANK: tl.constexpr, WORLD: tl.constexpr, WORDS: tl.constexpr,
-    PDL: tl.constexpr,
 ):  # fmt: skip
     """y = the sum over ranks of x, `count` words of 32 bits: fp32, or two bf16 each, summed in fp32."""
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
     at = tl.program_id(0) * BC + tl.arange(0, BC)
     inside = at < count
     word = tl.load(x_ptr + at, mask=inside, other=0)
@@ -198,16 +190,13 @@ def all_reduce_kernel(
 def choose_kernel(
     value_ptr, index_ptr, token_ptr, ring_ptr, step_ptr, ring_stride, candidates, buffers_ptr, epoch_ptr,
     status_ptr, op, limit_ns,
-    BC: tl.constexpr, RANK: tl.constexpr, WORLD: tl.constexpr, WORDS: tl.constexpr, PDL: tl.constexpr,
+    BC: tl.constexpr, RANK: tl.constexpr, WORLD: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
     """The likeliest token of each row over all ranks, the lowest id among equals, the same on every rank.
 
     value, index: [T, candidates], the best of pieces of this rank's vocabulary. token: [T]; ring:
     [steps, ring_stride], where the row of the current step also gets it.
     """
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
     row = tl.program_id(0)
     c = tl.arange(0, BC)
     values = tl.load(value_ptr + row * candidates + c, mask=c < candidates, other=float("-inf"))
@@ -238,11 +227,8 @@ def choose_kernel(
 
 
 @triton.jit
-def advance_kernel(epoch_ptr, step_ptr, position_ptr, active_ptr, ops, T: tl.constexpr, PDL: tl.constexpr):
+def advance_kernel(epoch_ptr, step_ptr, position_ptr, active_ptr, ops, T: tl.constexpr):
     """After a step: as many epochs have passed as it had reductions, and running rows are one further."""
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
     t = tl.arange(0, T)
     tl.store(position_ptr + t, tl.load(position_ptr + t) + tl.load(active_ptr + t))
     tl.store(step_ptr, tl.load(step_ptr) + 1)

@@ -60,7 +60,7 @@ class PushGroup:
         """The kernels' constants."""
         return {"RANK": self.rank, "WORLD": self.world_size, "WORDS": self.max_words}
 
-    def all_reduce(self, x: Tensor, out: Tensor, *, op: int = 0, pdl: bool = False) -> None:
+    def all_reduce(self, x: Tensor, out: Tensor, *, op: int = 0) -> None:
         """out = the sum over ranks of x: bf16 (an even number of them) or fp32, contiguous.
 
         The caller counts: after the reductions 0 .. n-1 comes advance(n).
@@ -78,9 +78,7 @@ class PushGroup:
             len(words),
             IS_BF16=x.dtype == torch.bfloat16,
             BC=block,
-            PDL=pdl,
             num_warps=max(1, min(8, block // 128)),
-            launch_pdl=pdl,
             **self.constants,
         )
 

@@ -33,7 +33,7 @@ from .residual import ResidualNorm
 
 MOST_TOKENS = 16
 RING_STEPS = 64  # steps whose tokens wait to be read
-_NORM_COLUMNS = 1024  # columns of one program of a sum
+_NORM_COLUMNS = 256  # columns of one program of a sum: one word a thread, so that none waits twice
 
 
 @dataclass(frozen=True)
@@ -160,15 +160,15 @@ class Inputs:
 
 
 class DecodeStep:
-    """The launches of one step, for one rank. pdl: launch each kernel before the last one has ended."""
+    """The launches of one step, for one rank."""
 
     def __init__(
         self, model: Llama, weights: Weights, cache: KVCache, push: PushGroup, inputs: Inputs, *,
-        context: int, first_id: int, device: str, pdl: bool,
+        context: int, first_id: int, device: str,
     ) -> None:  # fmt: skip
         """first_id: the id of this rank's first logit. context: positions there may be."""
         self._first_id = first_id
-        self.weights, self.cache, self.push, self.inputs, self.pdl = weights, cache, push, inputs, pdl
+        self.weights, self.cache, self.push, self.inputs = weights, cache, push, inputs
         self.scale = model.config.head_dim**-0.5
         self.hidden_size, self.head_dim = model.config.hidden_size, model.config.head_dim
         self.kv_heads = cache.shape.num_kv_heads
@@ -209,9 +209,7 @@ class DecodeStep:
         weights, inputs = self.weights, self.inputs
         size = self.hidden_size
         part = self._part[: count * size].view(1, count, size)
-        tokens.embed(
-            inputs.tokens, weights.table, weights.scale, part[0], weights.start, weights.stop, pdl=self.pdl
-        )
+        tokens.embed(inputs.tokens, weights.table, weights.scale, part[0], weights.start, weights.stop)
         op = self._reduce(part, None, weights.layers[0].input_norm, count, op=0, first=True)
         for index, layer in enumerate(weights.layers):
             attended = self._attend(layer, index, count)
@@ -228,7 +226,7 @@ class DecodeStep:
         sums = self._sums[: x.shape[0] * self.sums_width].view(x.shape[0], self.sums_width) if norm else None
         gemv_(
             x, linear.weight.tensors, y, group_size=linear.weight.group_size, gated=gated, sums=sums,
-            eps=self.weights.eps, tile=linear.tile, pdl=self.pdl,
+            eps=self.weights.eps, tile=linear.tile,
         )  # fmt: skip
 
     def _multiply(self, linear: Linear, x: Tensor, count: int) -> Tensor:
@@ -245,7 +243,7 @@ class DecodeStep:
             part, norm if bias is None else bias, self._residual, norm, self._x, self._sums,
             *self.push.arguments, op, self.push.limit_ns, count,
             H=self.hidden_size, BC=self.columns, SPLITS=part.shape[0], FIRST=first, HAS_BIAS=bias is not None,
-            PDL=self.pdl, num_warps=max(1, min(8, self.columns // 128)), launch_pdl=self.pdl,
+            num_warps=max(1, min(8, self.columns // 32)),
             **self.push.constants,
         )  # fmt: skip
         return op + 1
@@ -261,12 +259,12 @@ class DecodeStep:
         inputs = self.inputs
         attention_ops.rope_write(
             qkv, linear.bias, self.cos, self.sin, layer.head_norms, inputs.positions, inputs.rows,
-            inputs.table, q, keys, values, pdl=self.pdl,
+            inputs.table, q, keys, values,
         )  # fmt: skip
         attended = self._attended[: count * size].view(count, self.heads, self.head_dim)
         attention_ops.decode_attention(
             q, keys, values, inputs.positions, inputs.rows, inputs.table, self._scratch, attended,
-            scale=self.scale, window=layer.window, pdl=self.pdl,
+            scale=self.scale, window=layer.window,
         )  # fmt: skip
         return attended.view(count, size)
 
@@ -282,14 +280,14 @@ class DecodeStep:
         values, indices = (
             each[: count * pieces].view(count, pieces) for each in (self._values, self._indices)
         )
-        tokens.candidates(self.logits(count), values, indices, self._first_id, pdl=self.pdl)
+        tokens.candidates(self.logits(count), values, indices, self._first_id)
         choose_kernel[(count,)](
             values, indices, inputs.tokens, inputs.ring, inputs.step, inputs.ring.stride(0), pieces,
             *self.push.arguments, op, self.push.limit_ns,
-            BC=triton.next_power_of_2(pieces), PDL=self.pdl, num_warps=1, launch_pdl=self.pdl,
+            BC=triton.next_power_of_2(pieces), num_warps=1,
             **self.push.constants,
         )  # fmt: skip
         advance_kernel[(1,)](
             self.push.epoch, inputs.step, inputs.positions, inputs.active, op + 1, T=MOST_TOKENS,
-            PDL=self.pdl, num_warps=1, launch_pdl=self.pdl,
+            num_warps=1,
         )  # fmt: skip

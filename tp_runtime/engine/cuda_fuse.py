@@ -82,10 +82,17 @@ def _joined(modules: Sequence[nn.Module]) -> FusedLinear | None:
     for at in range(len(weights[0].tensors)):
         each = [weight.tensors[at] for weight in weights]
         # Values are [rows, bytes] and scales [rows] or [pairs, rows]: rows are joined.
-        tensors.append(torch.cat(each, dim=0 if at == 0 else -1))
+        tensors.append(_cat(each, 0 if at == 0 else -1))
     sizes = [weight.n for weight in weights]
     bias = torch.cat([b for b in biases if b is not None]) if biases[0] is not None else None
     return FusedLinear(replace(weights[0], n=sum(sizes), tensors=tuple(tensors)), bias, sizes)
+
+
+def _cat(tensors: list[Tensor], dim: int) -> Tensor:
+    """torch.cat, by bytes for 8-bit floats, which not every release joins."""
+    if tensors[0].dtype != torch.float8_e4m3fn:
+        return torch.cat(tensors, dim=dim)
+    return torch.cat([each.view(torch.uint8) for each in tensors], dim=dim).view(torch.float8_e4m3fn)
 
 
 def fuse_projections(model: Llama) -> None:

@@ -38,7 +38,7 @@ class CudaRunner(ModelRunner):
     timeout_s: how long a reduction inside a graph may wait for a peer.
     """
 
-    def __init__(self, *args: Any, timeout_s: float, pdl: bool = True, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, timeout_s: float, **kwargs: Any) -> None:
         super().__init__(*args, **{**kwargs, "compile": False})
         self.pad = False
         self._decode: DecodeStep | None = None
@@ -51,15 +51,14 @@ class CudaRunner(ModelRunner):
         words = most_words(self.model.config.hidden_size)
         push = connect(self.group, self.device, max_words=words, timeout_s=timeout_s)
         if push is not None:
-            self._prepare(weights, push, pdl)
+            self._prepare(weights, push)
 
-    def _prepare(self, weights: Weights, push: PushGroup, pdl: bool) -> None:
+    def _prepare(self, weights: Weights, push: PushGroup) -> None:
         self._inputs = Inputs(self.max_rows, self.max_blocks, self.device)
         first_id = self.vocab_parts[self.group.rank()][0][0]
         self._decode = DecodeStep(
             self.model, weights, self.cache, push, self._inputs,
             context=self.max_blocks * self.cache.shape.block_size, first_id=first_id, device=self.device,
-            pdl=pdl,
         )  # fmt: skip
         self._push = push
         self._host_words = torch.zeros_like(self._inputs.words, device="cpu").pin_memory()

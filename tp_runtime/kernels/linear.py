@@ -95,7 +95,12 @@ def _(x: Tensor, q: Tensor, scale_and_zero: Tensor, group_size: int) -> Tensor:
 
 def _native_kind(q: Tensor, *, bits: int, group_size: int) -> str | None:
     """ "cpu" where the C++ kernels take this weight."""
-    takes = q.device.type == "cpu" and group_size in (0, 32, 64, 128) and not (bits == 4 and group_size == 0)
+    takes = (
+        q.device.type == "cpu"
+        and not q.is_floating_point()
+        and group_size in (0, 32, 64, 128)
+        and not (bits == 4 and group_size == 0)
+    )
     return "cpu" if takes and build.available() else None
 
 
@@ -110,7 +115,7 @@ def _cuda_takes(q: Tensor, *, bits: int, group_size: int, head: int, n: int, k: 
 
 def _aten_kind(q: Tensor, *, bits: int, group_size: int, head: int, n: int, k: int) -> str:
     """Which of ATen's ops takes this weight; "reference" where none does."""
-    if q.device.type != "cpu" or n == 0 or k == 0:
+    if q.device.type != "cpu" or q.is_floating_point() or n == 0 or k == 0:
         return "reference"
     if bits == 8 and group_size == 0:
         return "aten_int8"
@@ -133,8 +138,8 @@ def prepare(
 ) -> PreparedWeight:
     """Pack a canonical quantised weight for the best kernel this machine has.
 
-    q: int8 [n, k], or bits=4: uint8 [n, ceil(k/2)] (column 2j in the low nibble of byte j). scale: fp32
-    [n] where group_size is 0, else fp16 [n, G] for the G groups that columns head .. head+k-1 touch.
+    q: int8 or float8_e4m3fn [n, k], or bits=4: uint8 [n, ceil(k/2)] (column 2j in the low nibble of byte j).
+    scale: fp32 [n] where group_size is 0, else fp16 [n, G] for the G groups that columns head .. head+k-1 touch.
     offset: fp16 [n, G] or None; 4 bits without it mean w = scale * (q - 8). backend: "auto" or
     "reference".
     """

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -33,15 +32,12 @@ def rope_write_kernel(
     qkv_ptr, bias_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm_ptr, position_ptr, row_ptr, table_ptr, q_ptr,
     k_cache_ptr, v_cache_ptr, T, table_stride, eps,
     H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, PDL: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr,
 ):  # fmt: skip
     """One head of one token: add up the splits, norm, turn by the position; q to q_ptr, k and v to the cache.
 
     qkv: fp32 [SPLITS, T, (H + 2K) D]. cos, sin: fp32 [positions, D/2]. table: block numbers of each row.
     """
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
     token, head = tl.program_id(0), tl.program_id(1)
     half = tl.arange(0, D // 2)
     SIZE: tl.constexpr = (H + 2 * K) * D
@@ -102,16 +98,13 @@ def decode_kernel(
     q_ptr, k_cache_ptr, v_cache_ptr, position_ptr, row_ptr, table_ptr, partial_ptr, stats_ptr, count_ptr,
     out_ptr, table_stride, scale, window,
     H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr,
-    LEAST: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    LEAST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One run of blocks of one token's key-value head, for all query heads that share it.
 
     ROWS: those heads padded to 16 or more. LEAST: blocks a run holds at least. partial: fp32
     [T, K, SPLITS, ROWS, D], stats: fp32 [T, K, SPLITS, 2, ROWS], count: int32 [T, K], zero before and after.
     """
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
     token, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     GROUP: tl.constexpr = H // K
     context = tl.load(position_ptr + token) + 1

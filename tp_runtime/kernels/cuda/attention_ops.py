@@ -114,8 +114,6 @@ def rope_write(
     q_THD: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
-    *,
-    pdl: bool = False,
 ) -> None:
     """See rope_write_kernel. norms: weights of q and k norm and their eps, or None."""
     splits, tokens, _ = qkv_STN.shape
@@ -145,9 +143,7 @@ def rope_write(
         BLOCK=block,
         HAS_BIAS=bias_N is not None,
         HAS_NORM=norms is not None,
-        PDL=pdl,
         num_warps=1,
-        launch_pdl=pdl,
     )
 
 
@@ -163,7 +159,6 @@ def decode_attention(
     *,
     scale: float,
     window: int,
-    pdl: bool = False,
 ) -> None:
     """Each token's attention over its row's cache up to its own position; see decode_kernel."""
     tokens, heads, dim = q_THD.shape
@@ -189,7 +184,5 @@ def decode_attention(
         SPLITS=scratch.splits,
         LEAST=1,
         BLOCK=block,
-        PDL=pdl,
         num_warps=4,
-        launch_pdl=pdl,
     )

@@ -17,11 +17,6 @@ int4 is stored in planes (pack.py): one byte holds a column of one group low and
 that a tile unpacks into two tiles of one scale a row each. Group scales multiply the fp32 sums of a group,
 never a weight: nothing is rounded that the format does not round.
 
-With programmatic dependent launch (PDL) a program starts while the kernel before it still runs, asks for its
-first weights to be brought into L2, and only then waits for its input: the memory is kept busy while small
-kernels run. It lets the next kernel start when its own loop is over; earlier, that one's prefetched lines
-would be gone from L2 before they are read.
-
 Legend: R rows of x, N outputs, K inputs, G columns of a group.
 """
 
@@ -29,7 +24,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 BF16, FP8, INT8, INT4 = (tl.constexpr(kind) for kind in range(4))
 
@@ -67,11 +61,27 @@ def nibbles_to_bf16(packed, HIGH: tl.constexpr, ZERO: tl.constexpr, ASM: tl.cons
         return (nibble.to(tl.float32) - ZERO).to(tl.bfloat16)
 
 
+# Four e4m3 to four bf16: exponent and mantissa move into place (a shift by 4 below the sign), which makes the
+# number 2^120 times too small, also where it is subnormal; one multiplication puts that right.
+_E4M3 = tl.constexpr(
+    "{ .reg .b32 t, u, s, z, c; mov.b32 z, 0; mov.b32 c, 0x7b807b80; "
+    "prmt.b32 t, $2, z, 0x1404; prmt.b32 u, $2, z, 0x3424; "
+    "and.b32 s, t, 0x80008000; and.b32 t, t, 0x7f007f00; shr.b32 t, t, 4; or.b32 t, t, s; "
+    "and.b32 s, u, 0x80008000; and.b32 u, u, 0x7f007f00; shr.b32 u, u, 4; or.b32 u, u, s; "
+    "mul.rn.bf16x2 $0, t, c; mul.rn.bf16x2 $1, u, c; }"
+)
+
+
 @triton.jit
 def _widen(w, KIND: tl.constexpr, ASM: tl.constexpr):
-    """A tile of weights as bf16, without its scale."""
+    """A tile of weights as bf16, without its scale. fp8 comes as bytes."""
     if KIND == BF16:
         return w
+    elif KIND == FP8:
+        if ASM:
+            return tl.inline_asm_elementwise(_E4M3, "=r,=r,r", [w], dtype=tl.bfloat16, is_pure=True, pack=4)
+        else:
+            return w.to(tl.float8e4nv, bitcast=True).to(tl.float32).to(tl.bfloat16)
     elif ASM:
         return w.to(tl.bfloat16)
     else:
@@ -172,19 +182,6 @@ def _accumulate_int4(
 
 
 @triton.jit
-def prefetch_rows(ptrs, BYTES: tl.constexpr):
-    """Ask for BYTES contiguous bytes behind each pointer to be in L2 soon."""
-    return tl.inline_asm_elementwise(
-        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0;",
-        "=r,l,r",
-        [ptrs.to(tl.int64), BYTES],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
 def row_rms(sums_ptr, r, R, K, eps, NUM_SUMS: tl.constexpr):
     """1 / rms of each row, from the sums of squares [R, NUM_SUMS] that the kernel before left."""
     part = tl.arange(0, NUM_SUMS)
@@ -198,7 +195,6 @@ def gemv_kernel(
     KIND: tl.constexpr, G: tl.constexpr, ASYMMETRIC: tl.constexpr, GATED: tl.constexpr,
     NUM_SUMS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
     STAGES: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, ASM: tl.constexpr,
-    PREFETCH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One tile of BN outputs over one split of K; see the module.
 
@@ -216,11 +212,6 @@ def gemv_kernel(
     first = total * split // splits
     steps = total * (split + 1) // splits - first
     w_ptrs = w_ptr + row[:, None].to(tl.int64) * w_stride + k[None, :]
-    if PREFETCH > 0:
-        start = first * G if KIND == INT4 else first * BK
-        prefetch_rows(w_ptr + row.to(tl.int64) * w_stride + start, PREFETCH)
-    if PDL:
-        gdc_wait()
     x_ptrs = x_ptr + r[None, :] * K + k[:, None]
     acc = tl.zeros([BN, BR], tl.float32)
     if KIND == INT4:
@@ -250,7 +241,5 @@ def gemv_kernel(
         if NUM_SUMS > 0:
             up *= rms[None, :]
         acc = acc / (1.0 + tl.exp(-acc)) * up
-    if PDL:
-        gdc_launch_dependents()
     y_ptrs = y_ptr + (split * R + r[None, :]) * N + n[:, None]
     tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=(r[None, :] < R) & (n[:, None] < N))

@@ -25,17 +25,13 @@ _INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 @dataclass(frozen=True)
 class Tile:
-    """How a gemv is cut: BN outputs and BK columns a tile, splits of K, warps, pipeline stages.
-
-    prefetch: bytes of each row that a program asks for before it waits for its input.
-    """
+    """How a gemv is cut: BN outputs and BK columns a tile, splits of K, warps, pipeline stages."""
 
     bn: int
     bk: int
     splits: int
     warps: int
     stages: int
-    prefetch: int = 0
 
 
 def kind_of(w: Tensor) -> int:
@@ -55,7 +51,7 @@ def choose_tile(w: Tensor, k: int, rows: int, *, gated: bool) -> Tile:
     splits = 1
     while not gated and -(-n // 64) * splits < wanted and splits < 8 and k // (2 * splits) >= 1024:
         splits *= 2
-    stages = 4 if kind != INT4.value else 6 if gated else 3
+    stages = 3 if kind == INT4.value and not gated else 4
     return Tile(64, bk, splits, 4, stages)
 
 
@@ -71,11 +67,8 @@ def _gemv(
     gated: bool,
     eps: float,
     tile: list[int],
-    pdl: bool,
 ) -> None:
-    launch_gemv(
-        x, w, scale, offset, sums, y, group_size=group_size, gated=gated, eps=eps, tile=Tile(*tile), pdl=pdl
-    )
+    launch_gemv(x, w, scale, offset, sums, y, group_size=group_size, gated=gated, eps=eps, tile=Tile(*tile))
 
 
 @_gemv.register_fake
@@ -90,7 +83,6 @@ def _(
     gated: bool,
     eps: float,
     tile: list[int],
-    pdl: bool,
 ) -> None:
     return None
 
@@ -107,7 +99,6 @@ def launch_gemv(
     gated: bool,
     eps: float,
     tile: Tile,
-    pdl: bool = False,
 ) -> None:
     """y[s] = the part of rms(x) W^T that split s of K gives; see gemv.py.
 
@@ -125,7 +116,7 @@ def launch_gemv(
     dummy = x
     gemv_kernel[(triton.cdiv(n, tile.bn), tile.splits)](
         x,
-        w,
+        w.view(torch.uint8) if kind == FP8.value else w,
         dummy if scale is None else scale,
         dummy if offset is None else offset,
         dummy if sums is None else sums,
@@ -147,10 +138,7 @@ def launch_gemv(
         EVEN_N=n % tile.bn == 0,
         EVEN_K=k % step == 0,
         ASM=not _INTERPRETED,
-        PREFETCH=tile.prefetch,
-        PDL=pdl,
         num_warps=tile.warps,
-        launch_pdl=pdl,
     )
 
 
@@ -164,12 +152,11 @@ def gemv_(
     sums: Tensor | None = None,
     eps: float = 0.0,
     tile: Tile,
-    pdl: bool = False,
 ) -> None:
     """launch_gemv as an op. tensors: weight, then scale and offset where there are any."""
     w, scale, offset = (*tensors, None, None)[:3]
-    fields = [tile.bn, tile.bk, tile.splits, tile.warps, tile.stages, tile.prefetch]
-    _gemv(x, w, scale, offset, sums, y, group_size, gated, eps, fields, pdl)
+    fields = [tile.bn, tile.bk, tile.splits, tile.warps, tile.stages]
+    _gemv(x, w, scale, offset, sums, y, group_size, gated, eps, fields)
 
 
 def dequantize(tensors: tuple[Tensor, ...], k: int, group_size: int, out: Tensor | None = None) -> Tensor:

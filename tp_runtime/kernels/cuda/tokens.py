@@ -9,7 +9,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 CANDIDATE_LOGITS = 2048  # logits of one candidate
 
@@ -17,11 +16,8 @@ CANDIDATE_LOGITS = 2048  # logits of one candidate
 @triton.jit
 def _embed_kernel(
     token_ptr, table_ptr, scale_ptr, out_ptr, start, stop, row_stride, H, HAS_SCALE: tl.constexpr,
-    BC: tl.constexpr, PDL: tl.constexpr,
+    BC: tl.constexpr,
 ):  # fmt: skip
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
     t = tl.program_id(0)
     column = tl.program_id(1) * BC + tl.arange(0, BC)
     token = tl.load(token_ptr + t)
@@ -34,10 +30,7 @@ def _embed_kernel(
 
 
 @triton.jit
-def _candidates_kernel(logits_ptr, value_ptr, index_ptr, V, first, BC: tl.constexpr, PDL: tl.constexpr):
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
+def _candidates_kernel(logits_ptr, value_ptr, index_ptr, V, first, BC: tl.constexpr):
     t, piece = tl.program_id(0), tl.program_id(1)
     column = piece * BC + tl.arange(0, BC)
     logits = tl.load(logits_ptr + t.to(tl.int64) * V + column, mask=column < V, other=float("-inf"))
@@ -48,8 +41,7 @@ def _candidates_kernel(logits_ptr, value_ptr, index_ptr, V, first, BC: tl.conste
 
 
 def embed(
-    token_T: Tensor, table: Tensor, scale: Tensor | None, out_TH: Tensor, start: int, stop: int, *,
-    pdl: bool = False,
+    token_T: Tensor, table: Tensor, scale: Tensor | None, out_TH: Tensor, start: int, stop: int,
 ) -> None:  # fmt: skip
     """out = the vectors of the tokens start .. stop, whose rows `table` holds; 0 of others.
 
@@ -67,8 +59,6 @@ def embed(
         size,
         HAS_SCALE=scale is not None,
         BC=1024,
-        PDL=pdl,
-        launch_pdl=pdl,
     )
 
 
@@ -77,16 +67,14 @@ def num_candidates(vocab: int) -> int:
     return triton.cdiv(vocab, CANDIDATE_LOGITS)
 
 
-def candidates(
-    logits_TV: Tensor, value_TC: Tensor, index_TC: Tensor, first: int, *, pdl: bool = False
-) -> None:
+def candidates(logits_TV: Tensor, value_TC: Tensor, index_TC: Tensor, first: int) -> None:
     """The largest logit of each piece of the vocabulary, and its id (the lowest among equals).
 
     logits: fp32. first: the id of the first logit. value fp32, index int32: [T, num_candidates(V)].
     """
     tokens, vocab = logits_TV.shape
     _candidates_kernel[(tokens, num_candidates(vocab))](
-        logits_TV, value_TC, index_TC, vocab, first, BC=CANDIDATE_LOGITS, PDL=pdl, launch_pdl=pdl
+        logits_TV, value_TC, index_TC, vocab, first, BC=CANDIDATE_LOGITS
     )
 
 
