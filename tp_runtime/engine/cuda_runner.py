@@ -14,7 +14,7 @@ Legend: L wanted rows of logits, V vocabulary.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -79,13 +79,10 @@ class CudaRunner(ModelRunner):
             self.execute(Step((Row((0,) * count, 0, (SCRATCH_BLOCK,), 1),)))
 
     @torch.inference_mode()
-    def execute(self, step: Step) -> Tensor:
-        """Run the step; the wanted rows of logits, [L, V] float, whole on every rank. Writes the cache.
-
-        Raises CollectiveError where a peer is lost.
-        """
-        if self._decode is None or step.num_tokens > MOST_TOKENS:
-            return super().execute(step)
+    def execute(self, step: Step, layers: Sequence[int] | None = None) -> Tensor:
+        """As ModelRunner.execute; all layers of a few tokens are the captured graph."""
+        if self._decode is None or step.num_tokens > MOST_TOKENS or layers is not None:
+            return super().execute(step, layers)
         self._replay(self._fill(step, moving=False), 1)
         wanted, at = [], 0
         for row in step.rows:

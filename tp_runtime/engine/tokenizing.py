@@ -9,7 +9,8 @@ from ..text.byte_tokenizer import ByteTokenizer
 from .source import ModelSource
 
 
-def _has_files(source: ModelSource) -> bool:
+def has_vocabulary(source: ModelSource) -> bool:
+    """True where the tokens' texts are known: a GGUF file, or a folder that holds a tokenizer."""
     path = source.tokenizer_path
     return path is not None and (
         path.is_file() or any((path / name).exists() for name in ("tokenizer.json", "tokenizer.model"))
@@ -23,12 +24,12 @@ def _takes_bytes(source: ModelSource) -> bool:
 
 def has_tokenizer(source: ModelSource) -> bool:
     """True where text can become tokens: a GGUF file, a folder that holds a tokenizer, or made-up weights."""
-    return _has_files(source) or _takes_bytes(source)
+    return has_vocabulary(source) or _takes_bytes(source)
 
 
 def open_tokenizer(source: ModelSource) -> Tokenizer | ByteTokenizer:
     """The tokenizer that lies beside the weights. Raises TokenizerError where there is none."""
-    if source.tokenizer_path is not None and _has_files(source):
+    if source.tokenizer_path is not None and has_vocabulary(source):
         return load_tokenizer(source.tokenizer_path, source.gguf_metadata)
     if _takes_bytes(source):
         once(f"{source.name} has made-up weights and no tokenizer here: every byte of text is one token")

@@ -9,14 +9,16 @@ anything else a model, named as --model names one; its vocabulary must be the ta
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 from ...checkpoint.inventory import stored_tensors
 from ...config import EngineConfig
 from ...errors import ConfigError, ModelNotFoundError, RequestError
 from ...layout import weight_format
+from ...text import Tokenizer
 from ..memory import OVERHEAD_BYTES, MemoryPlan, context_limit, formats, memory_plan, sharding_plan
 from ..source import ModelSource, resolve
-from ..tokenizing import has_tokenizer, open_tokenizer
+from ..tokenizing import has_vocabulary, open_tokenizer
 
 KINDS = "lookup, self:FORMAT, skip:N, or a model as --model takes one"
 
@@ -137,7 +139,7 @@ def _other_model(name: str, engine: EngineConfig, target: ModelSource, context: 
 
 def refuse_other_vocabulary(target: ModelSource, draft: ModelSource) -> None:
     """Raise ConfigError unless a token id means the same to both. Padding of the embedding may differ."""
-    if not (has_tokenizer(target) and has_tokenizer(draft)):
+    if not (has_vocabulary(target) and has_vocabulary(draft)):
         ours, theirs = target.config.vocab_size, draft.config.vocab_size
         if ours != theirs:
             raise ConfigError(
@@ -147,7 +149,7 @@ def refuse_other_vocabulary(target: ModelSource, draft: ModelSource) -> None:
         return
     if target.tokenizer_path == draft.tokenizer_path:
         return
-    tokenizer, other = open_tokenizer(target), open_tokenizer(draft)
+    tokenizer, other = cast(Tokenizer, open_tokenizer(target)), cast(Tokenizer, open_tokenizer(draft))
     for token in range(max(tokenizer.vocab_size, other.vocab_size)):
         here, there = tokenizer.token_bytes(token), other.token_bytes(token)
         if here != there:
