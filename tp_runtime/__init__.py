@@ -16,15 +16,30 @@ if TYPE_CHECKING:
     from .engine.llm import LLM
     from .errors import TPError
     from .mesh import init_mesh
+    from .sharding.shard import explain, plan, shard, unshard
 
 _WHERE = {
     "LLM": ".engine.llm",
     "SamplingParams": ".config",
     "TPError": ".errors",
+    "explain": ".sharding.shard",
     "init_mesh": ".mesh",
+    "plan": ".sharding.shard",
+    "shard": ".sharding.shard",
+    "unshard": ".sharding.shard",
 }
 
-__all__ = ["LLM", "SamplingParams", "TPError", "__version__", "init_mesh"]
+__all__ = [
+    "LLM",
+    "SamplingParams",
+    "TPError",
+    "__version__",
+    "explain",
+    "init_mesh",
+    "plan",
+    "shard",
+    "unshard",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,166 @@
+"""Plans found from a trace: what they divide, how they print, what they explain, and what is refused."""
+
+from __future__ import annotations
+
+from math import prod
+
+import pytest
+import torch
+from torch import Tensor, nn
+from tp_testing.small_models import MODELS, build
+
+from tp_runtime.errors import ShardingError
+from tp_runtime.sharding.plan import extent
+from tp_runtime.sharding.shard import explain, plan
+from tp_runtime.sharding.shardplan import ShardPlan, plan_from_json, plan_to_json
+
+
+def planned(name: str, heads: tuple[int, int], world: int, **options: object) -> ShardPlan:
+    model, inputs = build(name, heads)
+    return plan(model, world, example_inputs=(inputs,), cache=False, **options)  # type: ignore[arg-type]
+
+
+def fullest_share(made: ShardPlan) -> float:
+    matrices = [w for w in made.weights if len(w.shape) > 1]
+    held = [sum(prod(w.local_shape(rank)) for w in matrices) for rank in range(made.world_size)]
+    return max(held) / sum(prod(w.shape) for w in matrices)
+
+
+def test_two_collectives_a_layer_as_in_megatron() -> None:
+    made = planned("grouped", (8, 4), 2)
+    assert sorted(made.sums) == [
+        ("layers.0.1.d", ""),
+        ("layers.0.3.second", ""),
+        ("layers.1.1.d", ""),
+        ("layers.1.3.second", ""),
+    ]
+    assert [g.module for g in made.gathers] == ["head"]
+    assert [made[f"layers.0.1.{n}.weight"].style for n in "abcd"] == ["column", "column", "column", "row"]
+    assert made["layers.0.1.d.bias"].style == "once"
+
+
+def test_uneven_heads_go_by_key_value_group() -> None:
+    made = planned("grouped", (9, 3), 2)
+    q, k = made["layers.0.1.a.weight"], made["layers.0.1.b.weight"]
+    assert sorted(extent(q.parts[r]) // 8 for r in range(2)) == [3, 6]
+    assert sorted(extent(k.parts[r]) // 8 for r in range(2)) == [1, 2]
+    assert {i.name for i in made.integers} == {"heads", "kv_heads"}
+
+
+def test_fewer_key_value_heads_than_ranks_are_copied() -> None:
+    made = planned("grouped", (4, 1), 3)
+    q, k = made["layers.0.1.a.weight"], made["layers.0.1.b.weight"]
+    assert sorted(extent(q.parts[r]) // 8 for r in range(3)) == [1, 1, 2]
+    assert all(k.local_shape(rank) == k.shape for rank in range(3))
+
+
+def test_shared_rows_of_a_fused_weight_are_copied() -> None:
+    both = planned("shared rows", (9, 3), 2)["layers.0.1.both.weight"]
+    assert [both.parts[rank][-1][1] for rank in range(2)] == [88, 88]
+    assert sorted(extent(both.parts[r]) // 8 for r in range(2)) == [6, 7]
+
+
+def test_experts_divide_their_neurons_and_the_router_stays_whole() -> None:
+    made = planned("experts", (8, 4), 2)
+    assert (made["layers.0.3.first"].dim, made["layers.0.3.second"].dim) == (2, 1)
+    assert made["layers.0.3.router.weight"].dim is None
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_way_of_writing_a_layer_divides(name: str) -> None:
+    made = planned(name, (8, 4), 2)
+    print(name, fullest_share(made), len(made.sums), len(made.gathers))
+    assert fullest_share(made) <= 0.7
+    assert len(made.sums) + len(made.gathers) <= 2 * 2 + 4
+
+
+def test_a_plan_survives_its_json() -> None:
+    made = planned("grouped", (9, 3), 2)
+    assert plan_from_json(plan_to_json(made)) == made
+
+
+def test_a_plan_prints_and_explains() -> None:
+    made = planned("experts", (8, 4), 2)
+    text = str(made)
+    assert "layers.0-1 (each of 2)" in text or "layers.0" in text
+    assert "weights cut" in text and "traffic a token" in text
+    assert "row-parallel along dim 1" in explain(made, "layers.0.1.d.weight")
+    assert "whole on every rank: " in explain(made, "layers.0.3.router")
+    with pytest.raises(ShardingError, match="no weight is called 'nothing'"):
+        explain(made, "nothing")
+
+
+def test_a_declared_plan_limits_the_search() -> None:
+    styles = {"3.first.weight": "column", "3.second.weight": "row"}
+    made = planned("grouped", (8, 4), 2, plan=styles)
+    cut = {w.name for w in made.weights if w.dim is not None and len(w.shape) > 1}
+    assert cut == {f"layers.{i}.3.{n}.weight" for i in range(2) for n in ("first", "second")}
+
+
+def test_a_declared_plan_that_is_wrong_is_refused() -> None:
+    with pytest.raises(ShardingError, match="the declared plan makes layers.0.1"):
+        planned("grouped", (8, 4), 2, plan={"1.d.weight": "column", "1.a.weight": "row"})
+
+
+class Unguessable(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, a: Tensor, b: dict[str, Tensor]) -> Tensor:
+        return self.linear(a + b["offset"])
+
+
+class Branching(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        return self.second(h if h.sum() > 0 else -h)
+
+
+ERRORS = {
+    "inputs that cannot be guessed": (lambda: plan(Unguessable(), 2, cache=False), "pass example_inputs"),
+    "no rank": (lambda: plan(build("grouped")[0], 0, cache=False), "over 0 ranks"),
+    "too many ranks": (
+        lambda: plan(
+            nn.Sequential(nn.Linear(8, 3), nn.ReLU(), nn.Linear(3, 8)),
+            4,
+            example_inputs=(torch.ones(2, 8),),
+            cache=False,
+        ),
+        "use 3 ranks or fewer",
+    ),
+    "an unknown style": (
+        lambda: plan(build("grouped")[0], 2, plan={"head.weight": "diagonal"}, cache=False),
+        "'diagonal'",
+    ),
+    "a name of nothing": (
+        lambda: plan(build("grouped")[0], 2, plan={"tail.weight": "row"}, cache=False),
+        "'tail.weight'",
+    ),
+    "no declared plan": (
+        lambda: plan(build("grouped")[0], 2, plan="declared", cache=False),
+        "declares no plan",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_errors_are_one_sentence(name: str) -> None:
+    call, words = ERRORS[name]
+    with pytest.raises(ShardingError, match=words) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+
+
+def test_control_flow_by_data_that_is_cut_keeps_that_whole() -> None:
+    made = plan(Branching(), 2, example_inputs=(torch.ones(2, 8),), cache=False)
+    assert made["first.weight"].style in ("replicate", "column")
+    assert (
+        "depends on" in explain(made, "first.weight")
+        or made.gathers
+        or "no rule" in explain(made, "first.weight")
+    )

@@ -1,0 +1,174 @@
+"""A disposable copy of a model to trace: same code, own integers and hooks, and weights that cost nothing.
+
+Weights are shared with the model where it has them. On the meta device a small weight is drawn and a large
+one is address space without pages. A list of layers ends after the first of its last new structure, so that a
+model of 80 equal layers is traced in the time of one.
+"""
+
+from __future__ import annotations
+
+import copy
+import mmap
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .inputs import Example
+
+LARGE_WEIGHT = 1 << 22
+
+
+@dataclass
+class Surrogate:
+    """model: the copy. places: path of each shortened list -> place in the original -> place in the copy."""
+
+    model: nn.Module
+    places: dict[str, dict[str, str]]
+
+    def stand_in(self, name: str) -> str:
+        """The name, in the copy, of what stands for a module or parameter of the original."""
+        path: list[str] = []
+        for part in name.split("."):
+            path.append(self.places.get(".".join(path), {}).get(part, part))
+        return ".".join(path)
+
+    def original_calls(self, model: nn.Module, example: Example) -> Example:
+        """The example with module paths of `model`, the original."""
+        first: dict[str, str] = {}
+        for name, _ in model.named_modules():
+            first.setdefault(self.stand_in(name), name)
+        return replace(example, calls=[(first[path], args, kwargs) for path, args, kwargs in example.calls])
+
+    def same_role(self, name: str) -> list[str]:
+        """The tensors at the same place of modules of the same class in the same lists, `name` among them."""
+        return self._roles.get(name, [name])
+
+    @cached_property
+    def _roles(self) -> dict[str, list[str]]:
+        roles: dict[tuple[object, ...], list[str]] = {}
+        for name, tensor in [*self.model.named_parameters(), *self.model.named_buffers()]:
+            roles.setdefault((_role(self.model, name), tuple(tensor.shape)), []).append(name)
+        return {name: names for names in roles.values() for name in names}
+
+
+def _role(model: nn.Module, name: str) -> tuple[object, ...]:
+    """A tensor's path, with a list's places replaced by the classes of what is there."""
+    path: list[object] = []
+    module: nn.Module | None = model
+    for part in name.split(".")[:-1]:
+        child = module._modules[part] if module is not None else None
+        path.append(type(child) if isinstance(module, nn.ModuleList) else part)
+        module = child
+    return *path, name.rpartition(".")[2]
+
+
+def make_surrogate(model: nn.Module, *, shorten: bool = False) -> Surrogate:
+    """A disposable copy of model. shorten: cut every outermost list after the first layer of the last new
+    structure.
+    """
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        memo[id(parameter)] = nn.Parameter(_stand_in_tensor(parameter), requires_grad=False)
+    for buffer in model.buffers():
+        memo[id(buffer)] = _stand_in_tensor(buffer, clone=True)
+    made = copy.deepcopy(model, memo)
+    made.eval()
+    for module in made.modules():
+        _drop_hooks(module)
+    places: dict[str, dict[str, str]] = {}
+    if shorten:
+        _shorten(made, "", places)
+    return Surrogate(made, places)
+
+
+def _drop_hooks(module: nn.Module) -> None:
+    """Hooks belong to the original."""
+    for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks):
+        hooks.clear()
+
+
+def _stand_in_tensor(tensor: Tensor, clone: bool = False) -> Tensor:
+    """A contiguous tensor with storage of its own extent and, where the original has any, its values."""
+    if not tensor.is_meta:
+        data = tensor.detach()
+        whole = data.is_contiguous() and data.untyped_storage().nbytes() == data.numel() * data.itemsize
+        return data if whole and not clone else data.clone(memory_format=torch.contiguous_format)
+    if tensor.numel() > LARGE_WEIGHT:
+        return _address_space(tensor.shape, tensor.dtype)
+    if tensor.dtype == torch.bool:
+        return torch.ones(tensor.shape, dtype=torch.bool)
+    if not tensor.is_floating_point():
+        return torch.zeros(tensor.shape, dtype=tensor.dtype)
+    generator = torch.Generator().manual_seed(tensor.numel())
+    scale = tensor.shape[-1] ** -0.5 if tensor.dim() > 1 else 1.0
+    return (torch.randn(tensor.shape, generator=generator) * scale).to(tensor.dtype)
+
+
+def _address_space(shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """A tensor of zeros whose pages do not exist until they are written."""
+    size = shape.numel() * dtype.itemsize
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+    return torch.frombuffer(mmap.mmap(-1, size, flags=flags), dtype=dtype).view(shape)
+
+
+def alike(one: nn.Module, place: int, other: nn.Module, other_place: int) -> bool:
+    """Whether two modules of a list have the same classes, shapes and settings all the way down; a number in
+    which each holds its own place in the list does not count.
+    """
+    settings, others = _settings(one), _settings(other)
+    if type(one) is not type(other) or settings.keys() != others.keys():
+        return False
+    for name, value in settings.items():
+        own_places = value == place and others[name] == other_place and type(value) is int
+        if not own_places and value != others[name]:
+            return False
+    children, more = dict(one.named_children()), dict(other.named_children())
+    return list(children) == list(more) and all(
+        alike(child, place, more[name], other_place) for name, child in children.items()
+    )
+
+
+def _settings(module: nn.Module) -> dict[str, Any]:
+    """The plain attributes of a module, and the shapes and types of its tensors."""
+    found: dict[str, Any] = {
+        name: value
+        for name, value in vars(module).items()
+        if isinstance(value, (bool, int, float, str)) and name not in ("training", "_is_full_backward_hook")
+    }
+    for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+        found["tensor " + name] = None if tensor is None else (tuple(tensor.shape), tensor.dtype)
+    return found
+
+
+def repeated(module: nn.Module) -> list[list[int]]:
+    """The places of the children of a list, those that are alike together."""
+    children = list(module.children())
+    groups: list[list[int]] = []
+    for place, child in enumerate(children):
+        for group in groups:
+            if alike(children[group[0]], group[0], child, place):
+                group.append(place)
+                break
+        else:
+            groups.append([place])
+    return groups
+
+
+def _shorten(module: nn.Module, path: str, places: dict[str, dict[str, str]]) -> None:
+    """Leave the first children, one of each structure at least, in every outermost list below module."""
+    if isinstance(module, nn.ModuleList):
+        if len(module) < 2:
+            return
+        groups = repeated(module)
+        kept = list(range(max(group[0] for group in groups) + 1))
+        if len(kept) == len(module):
+            return
+        places[path] = {str(p): str(p if p in kept else group[0]) for group in groups for p in group}
+        for place in range(len(kept), len(module)):
+            del module._modules[str(place)]
+        return
+    for name, child in list(module.named_children()):
+        _shorten(child, f"{path}.{name}" if path else name, places)

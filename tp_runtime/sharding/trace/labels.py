@@ -1,0 +1,532 @@
+"""Labels: where each element of each tensor of a traced forward pass would live.
+
+Every element of every parameter has an id (its source's base plus its offset). A label is a 64-bit
+integer per tensor element:
+
+    0    whole on every rank
+    -i   is element i of a parameter, or could be cut where element i is cut (soft)
+    +i   is computed only where element i lives (hard): a column of a weight whose input is whole
+    +(i | SHARED)   as +i, but element i is copied to every rank that needs it (a KV head with many queries)
+
+Labels belong to storages, not to tensors: a view has the labels of what it views, and a write through a view
+is seen by its base, with no rule for either. Parameters need no label storage at all: the id of an element
+follows from the strides of the view, so that a matrix of a 70B model costs nothing until some of its elements
+are named. Where an operation ties all elements along a dimension of a parameter, one representative (index 0)
+stands for them (`Source.tied`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+SHARED = 1 << 60
+DENSE_LIMIT = 1 << 22  # elements of a parameter whose labels may be written out one by one
+NORMAL, REPLICATED, COPIED = 0, 1, 2  # what was decided for an index of a source
+
+
+class TooLargeError(Exception):
+    """Labels of a very large parameter would have to be written out; it stays whole instead."""
+
+    def __init__(self, source: Source) -> None:
+        super().__init__(source.name)
+        self.source = source
+
+
+@dataclass
+class Source:
+    """Something whose elements can be cut: a parameter, a module's argument or result, a new tensor.
+
+    base: id of its first element. kind: "weight" or "buffer" (of the model), "argument", "result" (of a
+    module), "new". tied: dims along which all elements go together. decided: (dim, array of NORMAL,
+    REPLICATED, COPIED).
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    base: int
+    kind: str
+    tied: set[int] = field(default_factory=set)
+    decided: tuple[int, np.ndarray] | None = None
+
+    @property
+    def numel(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64))
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        return tuple(int(np.prod(self.shape[d + 1 :], dtype=np.int64)) for d in range(len(self.shape)))
+
+    def index(self, ids: np.ndarray, dim: int) -> np.ndarray:
+        """The index along `dim` of each id."""
+        return (ids - self.base) // self.strides[dim] % self.shape[dim]
+
+    def canonical(self, ids: np.ndarray) -> np.ndarray:
+        """Each id's representative under the tied dims."""
+        for dim in self.tied:
+            ids = ids - self.index(ids, dim) * self.strides[dim]
+        return ids
+
+    def apply_decisions(self, labels: Tensor) -> Tensor:
+        """Positive ids of this source, with replicated ones set to 0 and copied ones marked SHARED."""
+        if self.decided is None or labels.numel() == 0:
+            return labels
+        dim, marks = self.decided
+        mark = torch.from_numpy(marks)[(labels - self.base) // self.strides[dim] % self.shape[dim]]
+        return torch.where(mark == REPLICATED, 0, torch.where(mark == COPIED, labels | SHARED, labels))
+
+
+@dataclass
+class WeightView:
+    """A parameter's view as a grid of ids, by strides; or, where several parameters were joined, written out.
+
+    dense: positive ids (0 where whole), or None.
+    """
+
+    source: Source | None
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...] = ()
+    offset: int = 0
+    dense: Tensor | None = None
+
+    @property
+    def numel(self) -> int:
+        return int(np.prod(self.sizes, dtype=np.int64))
+
+    def narrow(self, dim: int, start: int, length: int) -> WeightView:
+        """The view's indices [start, start + length) of dim."""
+        if self.dense is not None:
+            part = self.dense.narrow(dim, start, length)
+            return WeightView(None, tuple(part.shape), dense=part)
+        dim %= len(self.sizes)
+        sizes = (*self.sizes[:dim], length, *self.sizes[dim + 1 :])
+        return WeightView(self.source, sizes, self.strides, self.offset + start * self.strides[dim])
+
+    def squeeze(self, dim: int) -> WeightView:
+        """Without a dimension of size 1."""
+        if self.dense is not None:
+            part = self.dense.squeeze(dim)
+            return WeightView(None, tuple(part.shape), dense=part)
+        return WeightView(
+            self.source,
+            self.sizes[:dim] + self.sizes[dim + 1 :],
+            self.strides[:dim] + self.strides[dim + 1 :],
+            self.offset,
+        )
+
+    def unsqueeze(self) -> WeightView:
+        """With a leading dimension of size 1."""
+        if self.dense is not None:
+            return WeightView(None, (1, *self.sizes), dense=self.dense.unsqueeze(0))
+        return WeightView(self.source, (1, *self.sizes), (0, *self.strides), self.offset)
+
+    def transpose(self) -> WeightView:
+        """With the last two dimensions exchanged."""
+        if self.dense is not None:
+            part = self.dense.transpose(-1, -2)
+            return WeightView(None, tuple(part.shape), dense=part)
+        *sizes, m, n = self.sizes
+        *strides, a, b = self.strides
+        return WeightView(self.source, (*sizes, n, m), (*strides, b, a), self.offset)
+
+    def ids(self) -> Tensor:
+        """The positive labels of all elements (decisions applied). Raises TooLargeError."""
+        if self.dense is not None:
+            return self.dense
+        assert self.source is not None, "a view without a source is dense"
+        if self.numel > DENSE_LIMIT:
+            raise TooLargeError(self.source)
+        grid = torch.full([1] * len(self.sizes), self.offset + self.source.base, dtype=torch.int64)
+        for dim, (size, stride) in enumerate(zip(self.sizes, self.strides, strict=True)):
+            shape = [size if d == dim else 1 for d in range(len(self.sizes))]
+            grid = grid + torch.arange(size).view(shape) * stride
+        return self.source.apply_decisions(grid.expand(self.sizes))
+
+    @property
+    def shared_dims(self) -> tuple[int, ...]:
+        """Dims along which the same elements repeat (an expanded weight)."""
+        if self.dense is not None:
+            return ()
+        return tuple(
+            d for d, (n, s) in enumerate(zip(self.sizes, self.strides, strict=True)) if s == 0 and n > 1
+        )
+
+
+@dataclass
+class Tie:
+    """Pairs of ids that must live together, and where the operation was that said so.
+
+    kind: "weight" (a column or row of a weight), "along" (one operand, along a dim), "join" (two operands:
+    pairs[:, 0] from the first, pairs[:, 1] from the second).
+    """
+
+    kind: str
+    pairs: np.ndarray
+    module: str
+    op: str
+
+
+@dataclass
+class Meet:
+    """A hard label and a soft one in one operation: the soft element lives where the hard one does."""
+
+    pairs: np.ndarray  # [n, 2]: hard id, soft id
+
+
+@dataclass
+class Misfit:
+    """A labelled result and an operand that is not hard: where the result is cut along a dim that the operand
+    spans, the operand must be cut alike. operand: its soft or SHARED labels, or None."""
+
+    labels: Tensor
+    operand: Tensor | None
+    shape: tuple[int, ...]
+    module: str
+    op: str
+
+
+class Labels:
+    """The labels of one trace: sources, label storages, and what operations said about ids."""
+
+    def __init__(self) -> None:
+        self.sources: list[Source] = []
+        self.by_storage: dict[int, Source] = {}
+        self.storages: dict[int, tuple[Tensor, int]] = {}
+        self.keep: list[object] = []
+        self.next_id = 1
+        self.ties: list[Tie] = []
+        self.meets: list[Meet] = []
+        self.soft_ties: list[np.ndarray] = []
+        self.soft_meets: list[np.ndarray] = []  # [n, 2]: the second follows the first
+        self.copies: list[np.ndarray] = []  # [n, 2]: soft id of one copy, id of the copied part
+        self.misfits: list[Misfit] = []
+        self.columns: list[np.ndarray] = []  # ids that one operation made hard together
+        self.failures: list[tuple[np.ndarray, str, str]] = []  # ids, reason, module
+        self.pins: list[np.ndarray] = []  # soft ids that were needed whole
+        self.too_large: set[str] = set()
+
+    # sources and storages
+
+    def add_source(self, name: str, tensor: Tensor, kind: str) -> Source:
+        """Give ids to the elements of a contiguous tensor that owns its storage."""
+        source = Source(name, tuple(tensor.shape), self.next_id, kind)
+        self.next_id += max(source.numel, 1)
+        self.sources.append(source)
+        self.by_storage[_key(tensor)] = source
+        self.keep.append(tensor.untyped_storage())
+        return source
+
+    def weight_view(self, tensor: Tensor) -> WeightView | None:
+        """The view of a source that this tensor is; None where it is none."""
+        source = self.by_storage.get(_key(tensor))
+        if source is None:
+            return None
+        return WeightView(source, tuple(tensor.shape), tuple(tensor.stride()), int(tensor.storage_offset()))
+
+    def get(self, tensor: Tensor) -> Tensor | None:
+        """The labels of a tensor; None where all are 0. Aliases the label storage where that is possible."""
+        view = self.weight_view(tensor)
+        if view is not None:
+            return -view.ids()
+        found = self.storages.get(_key(tensor))
+        if found is None:
+            return None
+        flat, unit = found
+        if tensor.numel() == 0:
+            return torch.zeros(tensor.shape, dtype=torch.int64)
+        size, stride, offset = tensor.shape, tensor.stride(), int(tensor.storage_offset())
+        if tensor.itemsize == unit:
+            return flat.as_strided(size, stride, offset)
+        if tensor.itemsize > unit:  # complex over real: the real part's label
+            ratio = tensor.itemsize // unit
+            return flat.as_strided(size, [s * ratio for s in stride], offset * ratio)
+        ratio = unit // tensor.itemsize
+        where = torch.arange(flat.numel()).repeat_interleave(ratio).as_strided(size, stride, offset)
+        return flat[where]
+
+    def put(self, tensor: Tensor, labels: Tensor) -> None:
+        """Set the labels of a tensor (of its part of the storage)."""
+        if tensor.numel() == 0 or _key(tensor) in self.by_storage:
+            return
+        key = _key(tensor)
+        if key not in self.storages:
+            if not bool(labels.any()):
+                return
+            storage = tensor.untyped_storage()
+            self.storages[key] = (
+                torch.zeros(storage.nbytes() // tensor.itemsize, dtype=torch.int64),
+                tensor.itemsize,
+            )
+            self.keep.append(storage)
+        flat, unit = self.storages[key]
+        assert unit == tensor.itemsize, "labels are written in the unit they were created in"
+        flat.as_strided(tensor.shape, tensor.stride(), int(tensor.storage_offset())).copy_(labels)
+
+    # what operations say
+
+    def tie_along(self, labels: Tensor, dims: list[int], module: str, op: str) -> Tensor:
+        """Tie all labels along dims, and return one of them for each of the rest (dims kept, size 1)."""
+        magnitude = labels.abs()
+        hard = labels > 0
+        best = _preferred(labels.clamp_min(0)).amax(dims, keepdim=True)
+        if bool(hard.any()):
+            out = _restore(best)
+            self._tie_pairs("along", torch.where(hard, labels, 0), out, module, op)
+            soft = (labels < 0) & (out > 0)
+            if bool(soft.any()):
+                self.meet(out, torch.where(soft, labels, 0))
+            return out
+        out = magnitude.amax(dims, keepdim=True)
+        pairs = pair_up(magnitude, out)
+        if len(pairs):
+            self.soft_ties.append(pairs)
+        return -out
+
+    def _tie_pairs(self, kind: str, a: Tensor, b: Tensor, module: str, op: str) -> None:
+        """Ties of two label grids; a SHARED label only meets one that is not."""
+        pairs = pair_up(a, b)
+        if not len(pairs):
+            return
+        shared = pairs >= SHARED
+        plain = ~(shared[:, 0] ^ shared[:, 1])
+        if plain.any():
+            self.ties.append(Tie(kind, pairs[plain] & ~SHARED, module, op))
+        mixed = pairs[~plain]
+        if len(mixed):
+            first = np.where(mixed[:, 0] >= SHARED, mixed[:, 1], mixed[:, 0])
+            second = np.where(mixed[:, 0] >= SHARED, mixed[:, 0], mixed[:, 1])
+            self.meets.append(Meet(np.stack([first, second & ~SHARED], 1)))
+
+    def meet(self, hard: Tensor, soft: Tensor) -> None:
+        """Soft labels (negative) in one operation with hard ones."""
+        pairs = pair_up(hard, -soft, same=True)
+        if len(pairs):
+            self.meets.append(Meet(pairs & ~SHARED))
+
+    def combine(
+        self,
+        operands: list[Tensor | None],
+        shapes: list[tuple[int, ...]],
+        shape: tuple[int, ...],
+        module: str,
+        op: str,
+    ) -> Tensor | None:
+        """The labels of an element-wise result. operands: labels or None; shapes: the operands' own."""
+        present = squeeze_each([labels for labels in operands if labels is not None], len(shape))
+        if not present:
+            return None
+        small = torch.broadcast_shapes(*(labels.shape for labels in present))
+        hard = [labels.clamp_min(0) for labels in present if bool((labels > 0).any())]
+        if hard:
+            out = hard[0].expand(small)
+            for grid in hard[1:]:
+                out = self._join(out, grid.expand(small), module, op)
+            for grid in present:
+                self.meet(out, grid.clamp_max(0))
+        else:
+            out = self._combine_soft(present, small)
+        out = out.expand(shape)
+        for labels, own in zip(operands, shapes, strict=True):
+            if int(np.prod(own)) > 1 and (labels is None or not bool((labels > 0).any())):
+                self.misfits.append(Misfit(out, labels, own, module, op))
+        return out
+
+    def _join(self, a: Tensor, b: Tensor, module: str, op: str) -> Tensor:
+        """Hard labels of a result of two operands. Where both have one, the finer; where each label of one
+        side is met by several of the other, new ids, so that it stays known which elements came from which
+        pair.
+        """
+        out = torch.where(a > 0, a, b)
+        both = (a > 0) & (b > 0) & (a != b)
+        if not bool(both.any()):
+            return out
+        self._tie_pairs("join", a, b, module, op)
+        mixed = both & ((a >= SHARED) ^ (b >= SHARED))
+        out = torch.where(mixed, torch.minimum(a, b), out)
+        if bool(mixed.any()):
+            for side in (a, b):
+                if bool((side >= SHARED).any()):
+                    self.misfits.append(Misfit(out, side, tuple(side.shape), module, op))
+        plain = both & ~mixed
+        if not bool(plain.any()):
+            return out
+        flag = int(a[plain][0]) & SHARED
+        pairs, inverse = unique_pairs(a[plain].numpy() & ~SHARED, b[plain].numpy() & ~SHARED)
+        if len(pairs) == len(np.unique(pairs[:, 0])):
+            return out
+        if len(pairs) == len(np.unique(pairs[:, 1])):
+            return torch.where(plain, b, out)
+        source = self.add_virtual(f"{op}@{module}", len(pairs))
+        new = np.arange(len(pairs)) + source.base
+        for column in (0, 1):
+            self.ties.append(Tie("join", np.stack([new, pairs[:, column]], 1), module, op))
+        out = out.clone()
+        out[plain] = torch.from_numpy((new | flag)[inverse])
+        return out
+
+    def put_copies(self, out: Tensor, labels: Tensor, name: str) -> None:
+        """Labels of an expanded tensor of which parts are copied to several ranks: every copy of a part may
+        live elsewhere, with the query head that reads it. labels: expanded to out's shape; out owns its
+        storage.
+        """
+        steps = torch.zeros(out.shape, dtype=torch.int64)
+        for dim, stride in enumerate(labels.stride()):
+            if stride == 0 and out.shape[dim] > 1:
+                index = torch.arange(out.shape[dim]).view([-1 if d == dim else 1 for d in range(out.dim())])
+                steps = steps * out.shape[dim] + index
+        shared = labels >= SHARED
+        pairs, inverse = unique_pairs(labels[shared].numpy() & ~SHARED, steps[shared].numpy())
+        source = self.add_virtual(name, len(pairs))
+        source.kind = "new"
+        new = np.arange(len(pairs)) + source.base
+        self.copies.append(np.stack([new, pairs[:, 0]], 1))
+        made = torch.where(shared, 0, labels)
+        made[shared] = torch.from_numpy(-new[inverse])
+        self.put(out, made)
+
+    def add_virtual(self, name: str, count: int) -> Source:
+        """Ids for results that belong to no tensor of the model."""
+        source = Source(name, (count,), self.next_id, "virtual")
+        self.next_id += count
+        self.sources.append(source)
+        return source
+
+    def _combine_soft(self, present: list[Tensor], shape: tuple[int, ...]) -> Tensor:
+        """Soft labels of an element-wise result: operands of its full extent go together; a broadcast one (a
+        norm's weight shared by heads) only follows them."""
+        extent = int(np.prod(shape))
+        full = [-labels for labels in present if labels.numel() == extent]
+        leading = full or [-labels for labels in present]
+        out = torch.zeros(shape, dtype=torch.int64)
+        for labels in leading:
+            out = torch.maximum(out, labels.expand(shape))
+        for labels in leading:
+            pairs = pair_up(labels, out)
+            if len(pairs):
+                self.soft_ties.append(pairs)
+        for labels in present if full else []:
+            if labels.numel() != extent:
+                pairs = pair_up(out, -labels)
+                if len(pairs):
+                    self.soft_meets.append(pairs)
+        return -out
+
+    def tie_weight(self, view: WeightView, dim: int, module: str, op: str) -> WeightView:
+        """Tie a weight's elements along dim; the view at index 0 of it (size 1)."""
+        dim %= len(view.sizes)
+        first = view.narrow(dim, 0, 1)
+        if view.sizes[dim] == 1:
+            return first
+        if view.dense is not None:
+            pairs = pair_up(
+                view.dense, first.dense.expand(view.sizes) if first.dense is not None else view.dense
+            )
+            if len(pairs):
+                self.ties.append(Tie("weight", pairs & ~SHARED, module, op))
+            return first
+        source = view.source
+        assert source is not None, "a view without a source is dense"
+        whole = [
+            d
+            for d in range(len(source.shape))
+            if (source.strides[d], source.shape[d]) == (view.strides[dim], view.sizes[dim])
+        ]
+        if whole:
+            source.tied.add(whole[0])
+        elif view.numel <= DENSE_LIMIT:
+            pairs = pair_up(view.ids(), first.ids())
+            if len(pairs):
+                self.ties.append(Tie("weight", pairs & ~SHARED, module, op))
+        else:
+            source.tied.update(range(len(source.shape)))
+        return first
+
+    def fail(self, labels: Tensor | None, reason: str, module: str) -> None:
+        """The hard labels here cannot be followed: what they stand for stays whole."""
+        if labels is None:
+            return
+        hard = labels[labels > 0]
+        if hard.numel():
+            self.failures.append((torch.unique(hard).numpy() & ~SHARED, reason, module))
+
+    def pin(self, labels: Tensor | None) -> None:
+        """The soft labels here are needed whole."""
+        if labels is None:
+            return
+        soft = labels[labels < 0]
+        if soft.numel():
+            self.pins.append(torch.unique(-soft).numpy())
+
+
+def _key(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+class StorageSet:
+    """Storages with a property. Members are kept alive, so that no later tensor is taken for one of them."""
+
+    def __init__(self) -> None:
+        self._kept: dict[int, object] = {}
+
+    def add(self, tensor: Tensor) -> None:
+        """Add a tensor's storage."""
+        self._kept[_key(tensor)] = tensor.untyped_storage()
+
+    def __contains__(self, tensor: Tensor) -> bool:
+        return _key(tensor) in self._kept
+
+
+def _preferred(labels: Tensor) -> Tensor:
+    """Keys whose maximum prefers plain labels to SHARED ones and either to 0."""
+    plain = (labels > 0) & (labels < SHARED)
+    return torch.where(plain, labels | SHARED, torch.where(labels >= SHARED, labels & ~SHARED, 0))
+
+
+def _restore(keys: Tensor) -> Tensor:
+    """The labels behind such keys."""
+    return torch.where(keys >= SHARED, keys & ~SHARED, torch.where(keys > 0, keys | SHARED, 0))
+
+
+def squeeze_constant(grids: list[Tensor]) -> list[Tensor]:
+    """Label grids of one shape without the indices along which none of them changes."""
+    for dim in range(grids[0].dim()):
+        if grids[0].shape[dim] > 1 and all(bool((g == g.narrow(dim, 0, 1)).all()) for g in grids):
+            grids = [g.narrow(dim, 0, 1) for g in grids]
+    return grids
+
+
+def squeeze_each(grids: list[Tensor], dims: int) -> list[Tensor]:
+    """Label grids that broadcast to `dims` dimensions, without indices along which none of them changes."""
+    grids = [g.reshape((1,) * (dims - g.dim()) + tuple(g.shape)) if g.dim() < dims else g for g in grids]
+    for dim in range(dims):
+        if any(g.shape[dim] > 1 for g in grids) and all(
+            g.shape[dim] == 1 or bool((g == g.narrow(dim, 0, 1)).all()) for g in grids
+        ):
+            grids = [g.narrow(dim, 0, 1) for g in grids]
+    return grids
+
+
+def pair_up(a: Tensor, b: Tensor, same: bool = False) -> np.ndarray:
+    """[n, 2]: the distinct pairs of positive labels at the same place; equal ones only if `same`."""
+    a, b = torch.broadcast_tensors(a, b)
+    a, b = squeeze_constant([a, b])
+    keep = (a > 0) & (b > 0)
+    if not same:
+        keep &= a != b
+    if not bool(keep.any()):
+        return np.zeros((0, 2), dtype=np.int64)
+    first, second = a[keep].numpy(), b[keep].numpy()
+    if len(first) <= 64:
+        return np.stack([first, second], 1)
+    return unique_pairs(first, second)[0]
+
+
+def unique_pairs(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """([n, 2] distinct pairs (a[i], b[i]), which of them each i is)."""
+    low, place_a = np.unique(a, return_inverse=True)
+    high, place_b = np.unique(b, return_inverse=True)
+    keys, inverse = np.unique(place_a * len(high) + place_b, return_inverse=True)
+    return np.stack([low[keys // max(len(high), 1)], high[keys % max(len(high), 1)]], 1), inverse.reshape(-1)
