@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
+    from .checkpoint.fill import load
+    from .checkpoint.quantize_model import quantize
     from .config import SamplingParams
     from .engine.llm import LLM
     from .errors import TPError
@@ -24,7 +26,9 @@ _WHERE = {
     "TPError": ".errors",
     "explain": ".sharding.shard",
     "init_mesh": ".mesh",
+    "load": ".checkpoint.fill",
     "plan": ".sharding.shard",
+    "quantize": ".checkpoint.quantize_model",
     "shard": ".sharding.shard",
     "unshard": ".sharding.shard",
 }
@@ -36,7 +40,9 @@ __all__ = [
     "__version__",
     "explain",
     "init_mesh",
+    "load",
     "plan",
+    "quantize",
     "shard",
     "unshard",
 ]

@@ -24,6 +24,7 @@ from .layers import take
 from .norms import collective_forward
 from .plan import Ranges, WeightPlan, extent
 from .shardplan import Gather, Integer, Norm, ShardPlan, Slice
+from .surrogate import Divisible
 
 STATE = "_tp_applied"
 
@@ -82,6 +83,8 @@ def apply_plan(model: nn.Module, plan: ShardPlan, comm: Communicator) -> nn.Modu
     state = Applied(plan, comm)
     _cut_weights(model, plan, comm.rank)
     _set_integers(model, plan, comm.rank, state)
+    for path in plan.vocabularies:
+        _install_vocabulary(model.get_submodule(path), plan[f"{path}.weight"], comm, state)
     for norm in plan.norms:
         _install_norm(model.get_submodule(norm.module), norm, comm, state)
     for cut in plan.slices:
@@ -103,6 +106,7 @@ def apply_plan(model: nn.Module, plan: ShardPlan, comm: Communicator) -> nn.Modu
 
 
 def _cut_weights(model: nn.Module, plan: ShardPlan, rank: int) -> None:
+    _divide_modules(model, plan, rank)
     places = parameter_places(model)
     made: dict[int, Tensor] = {}
     for weight in plan.weights:
@@ -115,6 +119,21 @@ def _cut_weights(model: nn.Module, plan: ShardPlan, rank: int) -> None:
             if id(old) not in made:
                 made[id(old)] = _part(old, weight, rank)
             store[name] = made[id(old)]  # type: ignore[assignment]
+
+
+def _divide_modules(model: nn.Module, plan: ShardPlan, rank: int) -> None:
+    """Quantised linears, which divide themselves."""
+    divisible = {path: m for path, m in model.named_modules() if isinstance(m, Divisible)}
+    for weight in plan.weights:
+        path, _, leaf = weight.name.rpartition(".")
+        module = divisible.get(path)
+        ranges = weight.part(rank)
+        if module is None or leaf != "weight" or ranges is None or weight.dim is None:
+            continue
+        try:
+            model.set_submodule(path, module.divided(weight.dim, ranges))
+        except ValueError as error:
+            raise ShardingError(f"{weight.name} cannot be cut: {error}; quantize after shard") from None
 
 
 def parameter_places(model: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
@@ -271,6 +290,23 @@ def _install_slice(module: nn.Module, cut: Slice, rank: int, state: Applied) -> 
     state.handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
 
 
+def _install_vocabulary(module: nn.Module, weight: WeightPlan, comm: Communicator, state: Applied) -> None:
+    """The embedding looks up tokens it holds, brings zeros for others, and sums them over ranks."""
+    ((start, stop),) = weight.parts[comm.rank]
+    look_up = module.forward
+
+    def forward(ids: Tensor) -> Tensor:
+        held = (ids >= start) & (ids < stop)
+        part = look_up(torch.where(held, ids - start, 0))
+        return comm.all_reduce(torch.where(held.unsqueeze(-1), part, 0))
+
+    if "padding_idx" in vars(module):  # of the gradient only, and checked against the rows
+        state.restore.append(_restorer(vars(module), "padding_idx", vars(module)["padding_idx"]))
+        vars(module)["padding_idx"] = None
+    vars(module)["forward"] = forward
+    state.restore.append(lambda: vars(module).pop("forward", None))
+
+
 def _install_norm(module: nn.Module, norm: Norm, comm: Communicator, state: Applied) -> None:
     vars(module)["forward"] = collective_forward(module, norm, comm)
     state.restore.append(lambda: vars(module).pop("forward", None))
@@ -281,6 +317,8 @@ def unapply(model: nn.Module) -> nn.Module:
     state = applied(model)
     if state is None:
         return model
+    if any(w.dim is not None and _no_tensor(model, w.name) for w in state.plan.weights):
+        raise ShardingError("a quantised model cannot be made whole again; unshard it before quantize")
     for handle in state.handles:
         handle.remove()
     for restore in reversed(state.restore):
@@ -302,6 +340,11 @@ def unapply(model: nn.Module) -> nn.Module:
             store[name] = made[id(old)]  # type: ignore[assignment]
     vars(model).pop(STATE)
     return model
+
+
+def _no_tensor(model: nn.Module, name: str) -> bool:
+    path, _, leaf = name.rpartition(".")
+    return getattr(model.get_submodule(path), leaf, None) is None
 
 
 def gather_weight(part: Tensor, weight: WeightPlan, comm: Communicator) -> Tensor:

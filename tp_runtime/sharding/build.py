@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import cached_property
+from math import prod
 
 import numpy as np
 from torch import Tensor, nn
 
 from .apply import ranges_of
 from .families import Family, Graph, Owners, cut_of
+from .norms import recognise
 from .plan import Collective, Ranges, WeightPlan
-from .shardplan import Gather, Integer, ShardPlan, Slice
+from .rules import VOCAB_UNITS, split_range
+from .shardplan import Gather, Integer, Norm, ShardPlan, Slice
 from .trace.integers import Attribute, solve
 from .trace.labels import Source
 from .trace.mode import Decisions, Trace
@@ -37,6 +41,9 @@ class Analysis:
             for source in self.trace.labels.sources
             if source.kind == "result" and cut_of(source, self.owners) is not None
         }
+        for name, ids in self.trace.result_soft.items():
+            if any((self.owners.of(own) >= 0).any() for own in ids):
+                cut.add(name)
         return {name for name, whole in self.trace.result_whole.items() if whole} - partial - cut
 
     @cached_property
@@ -59,7 +66,7 @@ def build_plan(analysis: Analysis, decisions: Decisions) -> tuple[ShardPlan, lis
             if cut is not None:
                 slices.append(_slice(source, *cut, analysis.world))
         else:
-            weights.append(_weight(source, cut, analysis, once))
+            weights.append(_weight(source, cut, analysis, once, decisions.vocabularies))
     shapes = {n: tuple(t.shape) for n, t in _tensors(analysis.trace.model)}
     weights += [
         WeightPlan(name, shapes[name], "replicate", reason=reason) for name, reason in decisions.whole.items()
@@ -68,14 +75,25 @@ def build_plan(analysis: Analysis, decisions: Decisions) -> tuple[ShardPlan, lis
         Gather(module, parts_of(analysis.owners.of(ids), analysis.world))
         for module, ids in analysis.trace.gathered.items()
     )
+    norms: list[Norm] = []
+    for module, ids in analysis.trace.normed.items():
+        masks = analysis.owners.of(ids)
+        if (masks >= 0).any():
+            norm = recognise(
+                analysis.trace.model.get_submodule(module), module, len(ids), parts_of(masks, analysis.world)
+            )
+            assert norm is not None, f"{module} was recognised before"
+            norms.append(norm)
     integers, problems = _integers(analysis)
     plan = ShardPlan(
         analysis.world,
-        tuple(weights),
+        _with_traffic(weights, points, gathers, tuple(norms), decisions.vocabularies),
         sums=tuple(sorted(points)),
         gathers=gathers,
         slices=tuple(dict.fromkeys(slices)),
+        norms=tuple(norms),
         integers=integers,
+        vocabularies=tuple(sorted(decisions.vocabularies)),
     )
     return plan, problems
 
@@ -90,18 +108,60 @@ def parts_of(mask: np.ndarray, world: int) -> tuple[Ranges, ...]:
 
 
 def _weight(
-    source: Source, cut: tuple[int, np.ndarray] | None, analysis: Analysis, once: set[str]
+    source: Source,
+    cut: tuple[int, np.ndarray] | None,
+    analysis: Analysis,
+    once: set[str],
+    vocabularies: set[str],
 ) -> WeightPlan:
-    if source.name in once:
-        return WeightPlan(source.name, source.shape, "once", reason="added by rank 0 alone, before the sum")
+    name, shape = source.name, source.shape
+    if name in once:
+        return WeightPlan(name, shape, "once", reason="added by rank 0 alone, before the sum")
+    if name.rpartition(".")[0] in vocabularies:
+        parts = split_range(shape[0], [0] * analysis.world, 1, VOCAB_UNITS)
+        if cut is not None:  # tied to a head, which divides it
+            parts = parts_of(cut[1], analysis.world)
+        return WeightPlan(name, shape, "vocab", 0, parts, "token", collectives=())
     if cut is None:
-        return WeightPlan(source.name, source.shape, "replicate", reason="nothing that is cut meets it")
+        return WeightPlan(name, shape, "replicate", reason="nothing that is cut meets it")
     dim, mask = cut
     style = "row" if _is_row(source, analysis) else "column"
-    unit = f"1 of {len(np.unique(mask))}"
-    return WeightPlan(
-        source.name, source.shape, style, dim, parts_of(mask, analysis.world), unit, collectives=()
-    )
+    low, high = np.searchsorted(analysis.graph.nodes, [source.base, source.base + source.numel])
+    units = len(np.unique(analysis.graph.component[low:high]))
+    unit = f"{shape[dim] // units} of {shape[dim]}" if 0 < units <= shape[dim] else ""
+    return WeightPlan(name, shape, style, dim, parts_of(mask, analysis.world), unit, collectives=())
+
+
+def _with_traffic(
+    weights: list[WeightPlan],
+    points: set[tuple[str, str]],
+    gathers: tuple[Gather, ...],
+    norms: tuple[Norm, ...],
+    vocabularies: set[str],
+) -> tuple[WeightPlan, ...]:
+    """Each collective noted at the last weight before it, with the values of one token."""
+    passed: dict[str, list[Collective]] = {}
+
+    def note(module: str, styles: tuple[str, ...], kind: str, values: Callable[[WeightPlan], int]) -> None:
+        own = [
+            w
+            for w in weights
+            if w.style in styles and (w.name + ".").startswith(f"{module}." if module else "")
+        ]
+        if kind == "all_gather" and not own:  # a head that is tied to an embedding
+            own = [w for w in weights if w.style == "vocab"]
+        if own:
+            passed.setdefault(own[-1].name, []).append(Collective(kind, values(own[-1])))
+
+    for module, _ in sorted(points):
+        note(module, ("row",), "all_reduce", lambda w: prod(w.shape[-2:]) // w.shape[w.dim or -1])
+    for gather in gathers:
+        note(gather.module, ("column", "vocab"), "all_gather", lambda w: w.shape[0])
+    for norm in norms:
+        note(norm.module, ("column",), "all_reduce", lambda w: 1)
+    for module in vocabularies:
+        note(module, ("vocab",), "all_reduce", lambda w: w.shape[1])
+    return tuple(replace(w, collectives=tuple(passed.get(w.name, ()))) for w in weights)
 
 
 def _is_row(source: Source, analysis: Analysis) -> bool:
@@ -141,6 +201,3 @@ def _integers(analysis: Analysis) -> tuple[tuple[Integer, ...], list[str]]:
         local = tuple(values.get(attribute, whole) for values in per_rank)
         found.append(Integer(attribute.owner, attribute.name, attribute.index, whole, local))
     return tuple(found), list(dict.fromkeys(problems))
-
-
-__all__ = ["Analysis", "Collective", "build_plan", "parts_of"]

@@ -8,7 +8,7 @@ from torch import nn
 
 from .plan import WeightPlan
 from .shardplan import ShardPlan
-from .surrogate import Surrogate
+from .surrogate import Surrogate, named_shapes
 
 
 def expand_plan(plan: ShardPlan, surrogate: Surrogate, model: nn.Module, twins: dict[str, str]) -> ShardPlan:
@@ -26,10 +26,9 @@ def expand_plan(plan: ShardPlan, surrogate: Surrogate, model: nn.Module, twins: 
     modules: dict[str, list[str]] = {}
     for name, _ in model.named_modules():
         modules.setdefault(stand_in(name), []).append(name)
-    tensors = [(n, tuple(t.shape)) for n, t in [*model.named_parameters(), *model.named_buffers()]]
     known = {weight.name: weight for weight in plan.weights}
     weights = []
-    for name, shape in tensors:
+    for name, shape in named_shapes(model):
         found = known.get(stand_in(name))
         if found is None or (found.shape and found.shape != shape):
             weights.append(WeightPlan(name, shape, "replicate", reason="the example inputs do not reach it"))
@@ -42,6 +41,7 @@ def expand_plan(plan: ShardPlan, surrogate: Surrogate, model: nn.Module, twins: 
         gathers=tuple(replace(g, module=m) for g in plan.gathers for m in modules.get(g.module, [])),
         slices=tuple(replace(s, module=m) for s in plan.slices for m in modules.get(s.module, [])),
         norms=tuple(replace(n, module=m) for n in plan.norms for m in modules.get(n.module, [])),
+        vocabularies=tuple(m for v in plan.vocabularies for m in modules.get(v, [])),
         integers=tuple(replace(i, owner=owner) for i in plan.integers for owner in _owners(i.owner, modules)),
     )
 

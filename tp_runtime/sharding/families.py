@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import Tensor
 
-from .trace.labels import SHARED, Labels, Meet, Source, unique_pairs
+from .trace.labels import SHARED, Labels, Meet, Source, Tie, unique_pairs
 
 
 def components(count: int, a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -96,11 +96,19 @@ class Graph:
         pairs = np.concatenate(edges)
         return components(len(self.nodes), pairs[:, 0], pairs[:, 1])
 
-    def without(self, kinds: set[str], modules: set[str] | None = None) -> np.ndarray:
-        """Components without the ties of some kinds (in some modules)."""
-        return self._join(
-            [not (t.kind in kinds and (modules is None or t.module in modules)) for t in self.labels.ties]
-        )
+    def without(
+        self,
+        kinds: set[str],
+        modules: set[str] | None = None,
+        always: frozenset[str] | set[str] = frozenset(),
+    ) -> np.ndarray:
+        """Components without the ties of some kinds (in some modules; of kinds in `always`, in any)."""
+
+        def wanted(tie: Tie) -> bool:
+            inside = modules is None or tie.module in modules
+            return tie.kind not in always and not (tie.kind in kinds and inside)
+
+        return self._join([wanted(tie) for tie in self.labels.ties])
 
     def source_of(self, node: int) -> Source:
         """The source a node is an element of."""

@@ -10,6 +10,7 @@ one.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from math import prod
 
 from torch import nn
@@ -17,15 +18,19 @@ from torch import nn
 from .shardplan import ShardPlan
 
 PER_BLOCK, PER_WHOLE_BLOCK = 2, 4
+OUTSIDE = 4  # collectives of a model beside PER_BLOCK for each block
 MOSTLY_WHOLE = 0.75  # of a block's weights on the fullest rank, of 1.0
 MIN_SHARE = 0.02  # of a block's weights, for a weight to be worth a collective
 HEAD_SHARE = 0.05  # of all weights, for one outside of the blocks
 
 
-def choose_gathers(model: nn.Module, plan: ShardPlan, refused: set[str]) -> list[str]:
+def choose_gathers(
+    model: nn.Module, plan: ShardPlan, refused: set[str], repeats: Callable[[str], int]
+) -> list[str]:
     """Modules whose only weight is whole in the plan and should be cut, with its result gathered.
 
-    model: as in the plan. refused: modules that were tried.
+    model: as in the plan. refused: modules that were tried. repeats: how many layers of the whole model a
+    module of this one stands for.
     """
     blocks = _block_of(model)
     matrices = {w.name: w for w in plan.weights if len(w.shape) > 1 and "." in w.name}
@@ -38,6 +43,7 @@ def choose_gathers(model: nn.Module, plan: ShardPlan, refused: set[str]) -> list
         held[block] += max(prod(weight.local_shape(rank)) for rank in range(plan.world_size))
     total = sum(size.values())
     spent = Counter(blocks(name) for name in [m for m, _ in plan.sums] + [g.module for g in plan.gathers])
+    budget = OUTSIDE + sum((PER_BLOCK - spent[block]) * repeats(block) for block in size if block)
     chosen = []
     for weight in sorted(matrices.values(), key=lambda w: -prod(w.shape)):
         module = weight.name.rpartition(".")[0]
@@ -50,12 +56,38 @@ def choose_gathers(model: nn.Module, plan: ShardPlan, refused: set[str]) -> list
         limit = PER_WHOLE_BLOCK if held[block] > MOSTLY_WHOLE * size[block] else PER_BLOCK
         wanted = numel >= MIN_SHARE * size[block] and spent[block] < limit
         if not block:
-            wanted = numel >= HEAD_SHARE * total
+            wanted = numel >= HEAD_SHARE * total and spent[""] < budget
         if wanted and min(weight.shape) >= plan.world_size:
             chosen.append(module)
             spent[block] += 1
             held[block] -= numel - -(-numel // plan.world_size)
     return chosen
+
+
+def choose_vocabulary(
+    model: nn.Module, plan: ShardPlan, repeats: Callable[[str], int]
+) -> tuple[str, list[str]] | None:
+    """(the embedding to cut by tokens, linears that share its weight); None where it is not worth it.
+
+    One collective a forward pass for the sum of what ranks look up, and one for each head's gather.
+    """
+    total = sum(prod(w.shape) for w in plan.weights)
+    whole = {w.name for w in plan.weights if w.dim is None and prod(w.shape) >= HEAD_SHARE * total}
+    tables = [
+        (p, m) for p, m in model.named_modules() if isinstance(m, nn.Embedding) and f"{p}.weight" in whole
+    ]
+    tables = [(p, m) for p, m in tables if m.max_norm is None and m.num_embeddings >= plan.world_size]
+    if not tables:
+        return None
+    path, table = max(tables, key=lambda found: found[1].weight.numel())
+    heads = [
+        p for p, m in model.named_modules() if m is not table and table.weight in set(m._parameters.values())
+    ]
+    blocks = _block_of(model)
+    spent = Counter(blocks(name) for name in [m for m, _ in plan.sums] + [g.module for g in plan.gathers])
+    lists = {blocks(w.name) for w in plan.weights} - {""}
+    budget = OUTSIDE + sum((PER_BLOCK - spent[block]) * repeats(block) for block in lists)
+    return (path, heads) if spent[""] + 1 + len(heads) <= budget else None
 
 
 def _is_linear(module: nn.Module, shape: tuple[int, ...], embedded: set[int]) -> bool:

@@ -22,8 +22,11 @@ if TYPE_CHECKING:
 TOLERANCE = 1e-5
 
 
-def recognise(module: nn.Module, path: str, parts: tuple[Ranges, ...], size: int) -> Norm | None:
-    """The norm over the last dim (of `size`) that this module computes; None where it computes none."""
+def recognise(module: nn.Module, path: str, size: int, parts: tuple[Ranges, ...] = ()) -> Norm | None:
+    """The norm over the last dim (of `size`) that this module computes; None where it computes none.
+
+    path, parts: of the result.
+    """
     weights = [name for name, p in module.named_parameters() if tuple(p.shape) == (size,)]
     if len(weights) != len(list(module.parameters())) or len(weights) > 2:
         return None

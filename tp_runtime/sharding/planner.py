@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from .. import log
 from ..errors import ShardingError
 from .build import Analysis, build_plan
 from .expand import expand_plan
@@ -30,12 +31,13 @@ from .families import (
     find_families,
     ranks_of_groups,
 )
-from .gathers import choose_gathers
+from .gathers import choose_gathers, choose_vocabulary
 from .inputs import Example, find_example
+from .norms import recognise
 from .plan import WeightPlan
 from .shardplan import ShardPlan
 from .shares import assign
-from .surrogate import Surrogate, make_surrogate
+from .surrogate import Surrogate, make_surrogate, named_shapes
 from .trace.labels import COPIED, NORMAL, REPLICATED, SHARED, Misfit, Source
 from .trace.mode import Decisions, Trace
 from .unreached import extra_calls, record_calls, siblings
@@ -43,6 +45,7 @@ from .verify import Mismatch, simulate
 
 MAX_TRACES = 60
 LARGE_MODEL = 1 << 25  # parameters beyond which one layer of each structure is proved, and no more
+PROVED_LIMIT = 1 << 28  # parameters of those layers beyond which their plan is traced and not run
 
 
 @dataclass
@@ -148,6 +151,8 @@ class Search:
                 return True
             family.failed = f"{groups} groups of units cannot be spread over {self.world} ranks"
         elif not family.failed:
+            if self._share_norm(graph, family):
+                return False
             if key not in self.tried_copies and self._copy_parts(graph, family):
                 return False
             family.failed = f"{len(family.units)} independent unit(s) for {self.world} ranks"
@@ -245,6 +250,40 @@ class Search:
                 changed |= self._mark(source, dim, np.unique(source.index(ids, dim)), COPIED)
                 self.copied_for.setdefault(family.sources[0], set()).add(source.name)
         return changed
+
+    def _share_norm(self, graph: Graph, family: Family) -> bool:
+        """Let norms over what several operands divide, and their like in other layers, sum over ranks.
+
+        Those are the norms without whose ties a weight of the family falls into more parts. Where nothing is
+        joined, a norm stands between two weights, and the first of them is better whole (a latent space).
+        """
+        members = np.flatnonzero(np.isin(graph.component, family.units))
+        found = [
+            tie
+            for tie, pairs in zip(graph.labels.ties, graph.tie_nodes, strict=True)
+            if tie.kind != "weight" and np.isin(pairs[:, 0], members).any()
+        ]
+        norms = [
+            path
+            for path in sorted({tie.module for tie in found if tie.kind == "along"} - self.decisions.norms)
+            if path and self._norm_of(self.surrogate.model.get_submodule(path), path)
+        ]
+        if not any(tie.kind == "join" and tie.module not in norms for tie in found):
+            return False
+        parts = len(np.unique(graph.without({"join"})[members]))
+        changed = False
+        for path in norms:
+            apart = graph.without({"along"}, {path}, always={"join"})
+            if len(np.unique(apart[members])) > parts:
+                parameter = next(iter(dict(self.surrogate.model.get_submodule(path).named_parameters())))
+                names = self.surrogate.same_role(f"{path}.{parameter}")
+                self.decisions.norms.update(name.rpartition(".")[0] for name in names)
+                changed = True
+        return changed
+
+    def _norm_of(self, module: nn.Module, path: str) -> bool:
+        sizes = {p.shape[0] for p in module.parameters() if p.dim() == 1}
+        return len(sizes) == 1 and recognise(module, path, sizes.pop()) is not None
 
     def _undo_copies(self, key: str) -> None:
         for name in self.copied_for.pop(key):
@@ -452,10 +491,8 @@ def prove(model: nn.Module, plan: ShardPlan, example_inputs: Any = None) -> None
 
 def replicated(model: nn.Module, world: int, reason: str) -> ShardPlan:
     """The plan that divides nothing."""
-    named = [*model.named_parameters(), *model.named_buffers()]
-    return ShardPlan(
-        world, tuple(WeightPlan(n, tuple(t.shape), "replicate", reason=reason) for n, t in named)
-    )
+    plans = (WeightPlan(n, shape, "replicate", reason=reason) for n, shape in named_shapes(model))
+    return ShardPlan(world, tuple(plans))
 
 
 def _search(
@@ -469,6 +506,9 @@ def _search(
     """A plan for model; None where none was proved."""
     called, arguments = record_calls(make_surrogate(surrogate.model).model, example)
     extra = extra_calls(make_surrogate(surrogate.model).model, called, arguments)
+    if verify and sum(p.numel() for p in surrogate.model.parameters()) > PROVED_LIMIT:
+        log.get_logger().info("one layer is too large to run; its plan is traced and not proved")
+        verify = False
     search = Search(surrogate, replace(example, calls=example.calls + extra), world, verify)
     if styles is not None:
         _restrict(search, {surrogate.stand_in(name): style for name, style in styles.items()})
@@ -476,7 +516,7 @@ def _search(
     if not proved:
         return None
     if styles is None:
-        plan = _with_gathers(search, plan)
+        plan = _with_vocabulary(search, _with_gathers(search, plan))
     twins = siblings(surrogate.model, called)
     plan = expand_plan(plan, surrogate, model, twins)
     large = sum(p.numel() for p in model.parameters()) > LARGE_MODEL or any(
@@ -514,7 +554,7 @@ def _with_gathers(search: Search, plan: ShardPlan) -> ShardPlan:
     """The plan, with weights that stayed whole cut by columns where that is worth a collective."""
     refused: set[str] = set()
     for _ in range(4):
-        chosen = choose_gathers(search.surrogate.model, plan, refused)
+        chosen = choose_gathers(search.surrogate.model, plan, refused, search.surrogate.repeats)
         if not chosen:
             return plan
         refused.update(chosen)
@@ -527,6 +567,23 @@ def _with_gathers(search: Search, plan: ShardPlan) -> ShardPlan:
             plan = tried
         else:
             search.decisions = before
+    return plan
+
+
+def _with_vocabulary(search: Search, plan: ShardPlan) -> ShardPlan:
+    """The plan, with an embedding cut by tokens, and a head that is tied to it, where that is worth it."""
+    chosen = choose_vocabulary(search.surrogate.model, plan, search.surrogate.repeats)
+    if chosen is None:
+        return plan
+    before = search.decisions.copy()
+    embedding, heads = chosen
+    search.decisions.vocabularies.add(embedding)
+    search.decisions.gathers.update(heads)
+    search.decisions.whole.pop(f"{embedding}.weight", None)
+    tried, proved = _proved(search)
+    if proved and _held(tried) < _held(plan):
+        return tried
+    search.decisions = before
     return plan
 
 

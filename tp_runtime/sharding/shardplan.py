@@ -76,7 +76,8 @@ class Integer:
 class ShardPlan(Plan):
     """A plan with all that applying it to an unedited model takes. It prints as a table.
 
-    sums: (module, place in its result) where partial sums are added over ranks. notes: what was tried.
+    sums: (module, place in its result) where partial sums are added over ranks.
+    vocabularies: embeddings of which a rank holds the rows of some tokens. notes: what was tried.
     """
 
     sums: tuple[Point, ...] = ()
@@ -84,6 +85,7 @@ class ShardPlan(Plan):
     slices: tuple[Slice, ...] = ()
     norms: tuple[Norm, ...] = ()
     integers: tuple[Integer, ...] = ()
+    vocabularies: tuple[str, ...] = ()
     origin: str = "trace"
 
     def __str__(self) -> str:
@@ -123,6 +125,7 @@ def plan_from_json(text: str) -> ShardPlan:
         slices=tuple(Slice(**{**s, "parts": _parts(s["parts"])}) for s in data["slices"]),
         norms=tuple(Norm(**{**n, "parts": _parts(n["parts"])}) for n in data["norms"]),
         integers=tuple(Integer(**{**i, "values": tuple(i["values"])}) for i in data["integers"]),
+        vocabularies=tuple(data["vocabularies"]),
         origin=data["origin"],
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from .families import Family, ranks_of_groups
+from .rules import VOCAB_UNITS, split_range
 
 # Boundaries between many small units (neurons) lie at multiples of the first of these whose fullest rank
 # stays within the given factor of the mean: kernels want rows of 16 bytes, 4-bit formats groups of 32.
@@ -38,6 +39,9 @@ def assign(families: list[Family], world: int) -> list[list[int]]:
 def _counts(family: Family, world: int, loads: np.ndarray, weight: float) -> list[int]:
     """Units of one family a rank. loads: elements that ranks hold already; weight: elements of a unit."""
     units = len(family.units)
+    if len(family.sources) == 1:  # a head whose result is gathered
+        ranges = split_range(units, [0] * world, 1, VOCAB_UNITS)
+        return [stop - start for ((start, stop),) in ranges]
     groups = np.unique(family.group, return_counts=True)[1]
     if len(groups) < units and len(groups) < world:
         spread = ranks_of_groups(family, world)

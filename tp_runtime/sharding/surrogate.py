@@ -11,14 +11,34 @@ import copy
 import mmap
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from .inputs import Example
+from .plan import Ranges
 
 LARGE_WEIGHT = 1 << 22
+
+
+@runtime_checkable
+class Divisible(Protocol):
+    """A module whose weight is kept in another form than a tensor, and which can be cut nevertheless."""
+
+    def dense(self) -> nn.Module:
+        """A module of plain parameters with the same values: what is traced."""
+
+    def divided(self, dim: int, ranges: Ranges) -> nn.Module:
+        """A module that holds `ranges` of dim `dim` of the weight."""
+
+
+def named_shapes(model: nn.Module) -> list[tuple[str, tuple[int, ...]]]:
+    """Name and shape of each parameter and buffer of what is traced for `model`."""
+    found = [(n, tuple(t.shape)) for n, t in [*model.named_parameters(), *model.named_buffers()]]
+    dense = {path: m.dense() for path, m in model.named_modules() if isinstance(m, Divisible)}
+    found = [(n, shape) for n, shape in found if n.rpartition(".")[0] not in dense]
+    return found + [(f"{p}.{n}", tuple(t.shape)) for p, m in dense.items() for n, t in m.named_parameters()]
 
 
 @dataclass
@@ -41,6 +61,11 @@ class Surrogate:
         for name, _ in model.named_modules():
             first.setdefault(self.stand_in(name), name)
         return replace(example, calls=[(first[path], args, kwargs) for path, args, kwargs in example.calls])
+
+    def repeats(self, path: str) -> int:
+        """How many modules of the original a child of a list in the copy stands for."""
+        parent, _, place = path.rpartition(".")
+        return max(1, sum(kept == place for kept in self.places.get(parent, {}).values()))
 
     def same_role(self, name: str) -> list[str]:
         """The tensors at the same place of modules of the same class in the same lists, `name` among them."""
@@ -69,7 +94,7 @@ def make_surrogate(model: nn.Module, *, shorten: bool = False) -> Surrogate:
     """A disposable copy of model. shorten: cut every outermost list after the first layer of the last new
     structure.
     """
-    memo: dict[int, Any] = {}
+    memo: dict[int, Any] = {id(m): m.dense() for m in model.modules() if isinstance(m, Divisible)}
     for parameter in model.parameters():
         memo[id(parameter)] = nn.Parameter(_stand_in_tensor(parameter), requires_grad=False)
     for buffer in model.buffers():

@@ -246,8 +246,8 @@ def convolution(trace: Trace, args: Any, out: Tensor) -> None:
     elif given is not None:
         trace.labels.meet(given, -view.ids()[:, 0])
         channels = given
-    else:
-        channels = _column(trace, view.transpose().unsqueeze(), (1, 1, groups), "convolution")[0, 0]
+    else:  # a weight for each channel of an input that is whole divides where its result does
+        channels = -view.ids()[:, 0]
     if ids is not None:
         trace.partials.create(out, ids, trace.where)
         if bias is not None:

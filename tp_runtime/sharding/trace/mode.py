@@ -41,7 +41,7 @@ class Decisions:
     """What earlier traces taught: the next trace follows it.
 
     whole: parameters that stay whole. marks: (dim, NORMAL | REPLICATED | COPIED per index) of parameters of
-    which some rows do. no_rows: weights that must not be cut by rows. births: modules in which whole
+    which some rows do. births: modules in which whole
     activations may be cut. norms: modules that reduce over a cut dim by a collective. gathers: modules whose
     cut result is gathered.
     """
@@ -51,25 +51,24 @@ class Decisions:
     births: set[str] = field(default_factory=set)
     norms: set[str] = field(default_factory=set)
     gathers: set[str] = field(default_factory=set)
+    vocabularies: set[str] = field(default_factory=set)
 
     def copy(self) -> Decisions:
         """An independent copy."""
         return Decisions(
-            dict(self.whole), dict(self.marks), set(self.births), set(self.norms), set(self.gathers)
+            dict(self.whole),
+            dict(self.marks),
+            set(self.births),
+            set(self.norms),
+            set(self.gathers),
+            set(self.vocabularies),
         )
 
     def state(self) -> tuple[object, ...]:
         """Something to compare: equal where nothing was decided since."""
         marks = tuple(sorted((name, dim, m.tobytes()) for name, (dim, m) in self.marks.items()))
-        return frozenset(self.whole), marks, *(frozenset(s) for s in (self.births, self.norms, self.gathers))
-
-
-@dataclass
-class ReducedCall:
-    """A module that reduces over labelled dims: a candidate for a collective norm."""
-
-    module: str
-    labels: Tensor
+        sets = (self.births, self.norms, self.gathers, self.vocabularies)
+        return frozenset(self.whole), marks, *map(frozenset, sets)
 
 
 class Trace(TorchDispatchMode):
@@ -85,8 +84,10 @@ class Trace(TorchDispatchMode):
         self.suspended = 0
         self.order: dict[str, int] = {}
         self.result_whole: dict[str, bool] = {}
+        self.result_soft: dict[str, list[np.ndarray]] = {}
         self.reached: set[str] = set()
-        self.norm_inputs: dict[str, Tensor | None] = {}
+        self.norm_inputs: dict[str, Tensor] = {}
+        self.normed: dict[str, np.ndarray] = {}
         self.gathered: dict[str, np.ndarray] = {}
         self.generator = torch.Generator().manual_seed(0)
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
@@ -387,10 +388,12 @@ class _Enter:
         if trace.suspended:
             return None
         if self.name in trace.decisions.norms:
-            first = next(iter(tensors_in(args) + tensors_in(kwargs)), None)
-            trace.norm_inputs[self.name] = None if first is None else trace.labels.get(first)
-            trace.suspended += 1
-            return None
+            tensors = tensors_in(args) + tensors_in(kwargs)
+            labels = trace.labels.get(tensors[0]) if len(tensors) == 1 else None
+            if labels is not None and bool((labels > 0).any()):
+                trace.norm_inputs[self.name] = labels
+                trace.suspended += 1
+                return None
         if self.name and self.name in trace.decisions.births:
             born = False
 
@@ -438,6 +441,8 @@ class _Leave:
             labels = trace.labels.get(tensor)
             cut = labels is not None and bool((labels > 0).any())
             trace.result_whole[self.name] = trace.result_whole.get(self.name, True) and not cut
+            if labels is not None and not cut and labels.numel() <= BIRTH_LIMIT:
+                trace.result_soft.setdefault(self.name, []).append(torch.unique(labels).numpy())
         trace.stack.pop()
         if trace.where in trace.decisions.births and trace.where:
             out = self._born(out)
@@ -446,8 +451,11 @@ class _Leave:
     def _after_norm(self, module: nn.Module, out: Any) -> Any:
         trace = self.trace
         labels = trace.norm_inputs.pop(self.name)
-        if labels is None or not isinstance(out, Tensor) or labels.shape != out.shape:
+        rows = labels.reshape(-1, labels.shape[-1])
+        if not isinstance(out, Tensor) or labels.shape != out.shape or not bool((rows == rows[:1]).all()):
+            trace.labels.fail(labels, "a norm that is none of rows", self.name)
             return out
+        trace.normed[self.name] = rows[0].numpy() & ~SHARED
         out = out.clone()
         trace.labels.put(out, labels)
         for tensor in [*module.parameters(), *module.buffers()]:

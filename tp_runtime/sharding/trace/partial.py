@@ -31,6 +31,7 @@ class Partial:
     exits: list[Point] = field(default_factory=list)
     biases: list[tuple[int, np.ndarray]] = field(default_factory=list)  # (exits so far, ids)
     needed_by: str = ""
+    needed_inside: bool = False  # needed before any module returned it
 
     def leaves(self) -> list[Partial]:
         """The products this is made of."""
@@ -75,6 +76,7 @@ class Partials:
     def demand(self, partial: Partial, op: str) -> None:
         """An operation needs this summed."""
         partial.needed_by = partial.needed_by or op
+        partial.needed_inside |= not partial.exits
         self.demanded[id(partial)] = partial
 
     def returned(self, module: str, place: str, tensor: Tensor) -> None:
@@ -116,7 +118,7 @@ class Partials:
     def _choose(
         self, partial: Partial, split: set[int], chosen: dict[int, Partial], failed: dict[int, Partial]
     ) -> None:
-        if partial.exits and id(partial) not in split:
+        if partial.exits and not partial.needed_inside and id(partial) not in split:
             chosen[id(partial)] = partial
         elif partial.terms:
             for term in partial.terms:

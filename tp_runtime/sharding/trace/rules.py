@@ -104,6 +104,8 @@ def _copies(trace: Trace, func: Any, op: str, args: Any, kwargs: Any, outs: list
 
 
 def _embedding(trace: Trace, args: Any, out: Tensor) -> None:
+    if trace.where in trace.decisions.vocabularies:  # its result is summed over ranks
+        return
     view = trace.labels.weight_view(args[0])
     trace.labels.fail(trace.labels.get(args[1]), "a look-up by an index that depends on it", trace.where)
     if view is None or view.source is None:
