@@ -26,7 +26,7 @@ def card() -> dict[str, Any]:
     isa = torch.ops.tp_cpu.isa() if build.available() else None
     return {
         "cpu": _cpu_model(),
-        "cpus": len(os.sched_getaffinity(0)),
+        "cpus": os.cpu_count(),
         "numa_nodes": len(list(Path("/sys/devices/system/node").glob("node[0-9]*"))) or 1,
         "last_level_cache_bytes": last_level_cache_bytes(),
         "memory_bytes": psutil.virtual_memory().total,
@@ -44,7 +44,7 @@ def card_lines(shown: dict[str, Any]) -> str:
     """The card for people, in two lines."""
     cache, memory = shown["last_level_cache_bytes"] / 2**20, shown["memory_bytes"] / 2**30
     return (
-        f"{shown['cpu']}, {shown['cpus']} CPUs here, {shown['numa_nodes']} node(s), {cache:.0f} MiB last-"
+        f"{shown['cpu']}, {shown['cpus']} CPUs, {shown['numa_nodes']} node(s), {cache:.0f} MiB last-"
         f"level cache, {memory:.0f} GiB, load {shown['load_average']}\n"
         f"tp_runtime {shown['tp_runtime']} at {shown['commit'] or 'no commit'}, torch {shown['torch']}, "
         f"kernels {shown['isa'] or 'not built'}, {shown['date']}"

@@ -78,6 +78,7 @@ def test_decode_over_one_and_two_ranks(tiny: list[str]) -> None:
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.full
 def test_decode_with_a_deep_context_and_fresh_starts(tiny: list[str]) -> None:
     words = ["--quant", "int8", "--context", "40", "--startup"]
     document = tp_bench(["decode", *tiny, *SMALL, *words])
