@@ -96,6 +96,7 @@ def _transformers(
         torch.set_default_dtype(before)
     cache, place = StaticCache(config=theirs, max_cache_len=num_tokens), [0]
 
+    @torch.inference_mode()
     def start() -> None:
         cache.reset()
         place[0] = 0

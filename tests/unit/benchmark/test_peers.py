@@ -1,0 +1,65 @@
+"""Peers: the files made for them, their bytes, and transformers in its own process."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from tp_runtime.benchmark import peers
+from tp_runtime.checkpoint.inventory import stored_tensors
+from tp_runtime.engine.source import resolve
+from tp_runtime.models.config import ModelConfig
+
+TINY = ModelConfig(
+    vocab_size=512, hidden_size=64, intermediate_size=128, num_layers=2, num_heads=4, num_kv_heads=2,
+    head_dim=16, max_position_embeddings=256, tie_word_embeddings=False,
+)  # fmt: skip
+BODY = 2 * (128 * 64 + 64 * 64 + 256 * 64 + 64 * 128)
+HEAD = 512 * 64
+
+
+@pytest.mark.parametrize("kind", ["BF16", "Q8_0", "Q4_0"])
+def test_random_gguf_is_the_model(kind: str, tmp_path: Path) -> None:
+    """Our own reader finds the shape that was asked for, in the format that was asked for."""
+    path = tmp_path / "random.gguf"
+    peers.write_random_gguf(path, TINY, kind)
+    found = resolve(str(path)).config
+    for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"):
+        assert getattr(found, name) == getattr(TINY, name), name
+    stored = stored_tensors(path)
+    assert stored["model.layers.1.mlp.down_proj.weight"].type_name == kind
+
+
+def test_weight_bytes_by_hand() -> None:
+    """Q4_0 is 4.5 bits a weight and keeps its head at the 8.5 of Q8_0."""
+    assert peers.weight_bytes(TINY, 4.5, 8.5) == int(BODY * 4.5 / 8 + HEAD * 8.5 / 8)
+
+
+def test_transformers_in_its_own_process() -> None:
+    spec = {
+        "runtime": "transformers", "path": None, "config": asdict(TINY), "threads": 1, "prompt_tokens": 8,
+        "new_tokens": 4, "repeat": 2, "ceiling_bytes": 4_000_000,
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "tp_runtime.benchmark.peer_child", json.dumps(spec)],
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["threads"] == 1
+    assert min(found["tok_s"], found["prefill_tok_s"], found["read_ceiling_gb_s"]) > 0
+
+
+def test_table_compares_like_with_like() -> None:
+    """Ours over a peer's, of the rows that stand beside each other."""
+    row = {"threads": 2, "prefill_tok_s": 100.0, "mbu": None, "against": "int4"}
+    ours = {**row, "runtime": "tp_runtime", "format": "int4", "bits_per_weight": 4.5, "tok_s": 30.0}
+    theirs = {**row, "runtime": "llama.cpp", "format": "Q4_0", "bits_per_weight": 4.5, "tok_s": 20.0}
+    assert "| llama.cpp | Q4_0 | 4.5 | 2 | 20.00 | - | 100 | 1.50 |" in peers.table([ours, theirs])
