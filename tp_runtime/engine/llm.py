@@ -75,6 +75,8 @@ class LLM:
         self.timing: Timing | None = None
         self._tokenizer: Tokenizer | ByteTokenizer | None = None
         self.runner.warm_up()
+        if self.speculator is not None:
+            self.speculator.drafter.warm_up()
         limit_s = (
             self.config.collective_timeout_s or env.get_float("TP_COLLECTIVE_TIMEOUT") or DECODE_TIMEOUT_S
         )

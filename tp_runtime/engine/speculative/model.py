@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from ..kv_blocks import SCRATCH_BLOCK, BlockPool
+from ..kv_blocks import BlockPool
 from ..runner import ModelRunner
 from ..sequence import Sequence as Answer
-from ..step import Row, Step
+from ..step import Step
 from .autoregressive import DraftRow, draft_rows
 from .interface import Drafter, Offer
 
@@ -104,9 +104,8 @@ class ModelDraft(Drafter):
             self.pool.resize(held.blocks, 0)
 
     def warm_up(self) -> None:
-        if self.runner is not None and self.runner.compiled:
-            for count in (1, 2):
-                self.runner.execute(Step((Row((0,) * count, 0, (SCRATCH_BLOCK,), 1),)))
+        if self.runner is not None:
+            self.runner.warm_up()
 
     def follow(self, step: Step) -> None:
         assert self.runner is not None, "this rank has no part of the draft"
