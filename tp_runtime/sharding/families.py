@@ -351,11 +351,15 @@ class Owners:
 
     def of_labels(self, labels: Tensor) -> np.ndarray:
         """The masks of a label grid; -1 where it is whole."""
-        grid = labels.numpy()
+        compact = labels
+        for dim, stride in enumerate(labels.stride()):
+            if stride == 0 and labels.shape[dim] > 1:
+                compact = compact.narrow(dim, 0, 1)
+        grid = compact.numpy()
         values, inverse = np.unique(grid, return_inverse=True)
         masks = self.of(values)
         masks[values == 0] = -1
-        return masks[inverse].reshape(grid.shape)
+        return np.broadcast_to(masks[inverse].reshape(grid.shape), tuple(labels.shape))
 
     def local(self, labels: Tensor, dim: int, rank: int) -> int:
         """Indices of a dim that a rank holds: those with an element of its own, or with nobody's."""

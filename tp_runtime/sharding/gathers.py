@@ -42,7 +42,7 @@ def choose_gathers(
         size[block] += prod(weight.shape)
         held[block] += max(prod(weight.local_shape(rank)) for rank in range(plan.world_size))
     total = sum(size.values())
-    spent = Counter(blocks(name) for name in [m for m, _ in plan.sums] + [g.module for g in plan.gathers])
+    spent = _spent(plan, blocks)
     budget = OUTSIDE + sum((PER_BLOCK - spent[block]) * repeats(block) for block in size if block)
     chosen = []
     for weight in sorted(matrices.values(), key=lambda w: -prod(w.shape)):
@@ -62,6 +62,13 @@ def choose_gathers(
             spent[block] += 1
             held[block] -= numel - -(-numel // plan.world_size)
     return chosen
+
+
+def _spent(plan: ShardPlan, blocks: Callable[[str], str]) -> Counter[str]:
+    """Collectives of each block, and of what is in none."""
+    norms = [norm.module for norm in plan.norms for _ in range(1 + norm.centred)]
+    others = [gather.module for gather in plan.gathers] + list(plan.vocabularies)
+    return Counter(blocks(name) for name in [*(module for module, _ in plan.sums), *norms, *others])
 
 
 def choose_vocabulary(
@@ -84,7 +91,7 @@ def choose_vocabulary(
         p for p, m in model.named_modules() if m is not table and table.weight in set(m._parameters.values())
     ]
     blocks = _block_of(model)
-    spent = Counter(blocks(name) for name in [m for m, _ in plan.sums] + [g.module for g in plan.gathers])
+    spent = _spent(plan, blocks)
     lists = {blocks(w.name) for w in plan.weights} - {""}
     budget = OUTSIDE + sum((PER_BLOCK - spent[block]) * repeats(block) for block in lists)
     return (path, heads) if spent[""] + 1 + len(heads) <= budget else None

@@ -18,7 +18,7 @@ from .apply import apply_plan
 from .inputs import Example
 from .shardplan import ShardPlan
 from .surrogate import make_surrogate
-from .trace.mode import result_tensors
+from .trace.hooks import result_tensors
 
 TOLERANCE = 3e-4  # largest difference over largest value, fp32
 

@@ -23,7 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-SHARED = 1 << 60
+from .grids import SHARED, pair_up, preferred, restore, squeeze_constant, squeeze_each, unique_pairs
+
 DENSE_LIMIT = 1 << 22  # elements of a parameter whose labels may be written out one by one
 NORMAL, REPLICATED, COPIED = 0, 1, 2  # what was decided for an index of a source
 
@@ -269,16 +270,21 @@ class Labels:
 
     def tie_along(self, labels: Tensor, dims: list[int], module: str, op: str) -> Tensor:
         """Tie all labels along dims, and return one of them for each of the rest (dims kept, size 1)."""
-        magnitude = labels.abs()
+        shape = list(labels.shape)
+        for dim in dims:
+            shape[dim] = 1
+        return self._tied(squeeze_constant([labels])[0], dims, module, op).expand(shape)
+
+    def _tied(self, labels: Tensor, dims: list[int], module: str, op: str) -> Tensor:
         hard = labels > 0
-        best = _preferred(labels.clamp_min(0)).amax(dims, keepdim=True)
         if bool(hard.any()):
-            out = _restore(best)
+            out = restore(preferred(labels.clamp_min(0)).amax(dims, keepdim=True))
             self._tie_pairs("along", torch.where(hard, labels, 0), out, module, op)
             soft = (labels < 0) & (out > 0)
             if bool(soft.any()):
                 self.meet(out, torch.where(soft, labels, 0))
             return out
+        magnitude = labels.abs()
         out = magnitude.amax(dims, keepdim=True)
         pairs = pair_up(magnitude, out)
         if len(pairs):
@@ -315,11 +321,13 @@ class Labels:
         op: str,
     ) -> Tensor | None:
         """The labels of an element-wise result. operands: labels or None; shapes: the operands' own."""
-        present = squeeze_each([labels for labels in operands if labels is not None], len(shape))
+        known = [labels for labels in operands if labels is not None]
+        present = squeeze_each(known, len(shape))
         if not present:
             return None
+        is_hard = {id(a): bool((b > 0).any()) for a, b in zip(known, present, strict=True)}
         small = torch.broadcast_shapes(*(labels.shape for labels in present))
-        hard = [labels.clamp_min(0) for labels in present if bool((labels > 0).any())]
+        hard = [b.clamp_min(0) for a, b in zip(known, present, strict=True) if is_hard[id(a)]]
         if hard:
             out = hard[0].expand(small)
             for grid in hard[1:]:
@@ -330,7 +338,7 @@ class Labels:
             out = self._combine_soft(present, small)
         out = out.expand(shape)
         for labels, own in zip(operands, shapes, strict=True):
-            if int(np.prod(own)) > 1 and (labels is None or not bool((labels > 0).any())):
+            if int(np.prod(own)) > 1 and (labels is None or not is_hard[id(labels)]):
                 self.misfits.append(Misfit(out, labels, own, module, op))
         return out
 
@@ -448,6 +456,7 @@ class Labels:
         """The hard labels here cannot be followed: what they stand for stays whole."""
         if labels is None:
             return
+        labels = squeeze_constant([labels])[0]
         hard = labels[labels > 0]
         if hard.numel():
             self.failures.append((torch.unique(hard).numpy() & ~SHARED, reason, module))
@@ -456,6 +465,7 @@ class Labels:
         """The soft labels here are needed whole."""
         if labels is None:
             return
+        labels = squeeze_constant([labels])[0]
         soft = labels[labels < 0]
         if soft.numel():
             self.pins.append(torch.unique(-soft).numpy())
@@ -477,56 +487,3 @@ class StorageSet:
 
     def __contains__(self, tensor: Tensor) -> bool:
         return _key(tensor) in self._kept
-
-
-def _preferred(labels: Tensor) -> Tensor:
-    """Keys whose maximum prefers plain labels to SHARED ones and either to 0."""
-    plain = (labels > 0) & (labels < SHARED)
-    return torch.where(plain, labels | SHARED, torch.where(labels >= SHARED, labels & ~SHARED, 0))
-
-
-def _restore(keys: Tensor) -> Tensor:
-    """The labels behind such keys."""
-    return torch.where(keys >= SHARED, keys & ~SHARED, torch.where(keys > 0, keys | SHARED, 0))
-
-
-def squeeze_constant(grids: list[Tensor]) -> list[Tensor]:
-    """Label grids of one shape without the indices along which none of them changes."""
-    for dim in range(grids[0].dim()):
-        if grids[0].shape[dim] > 1 and all(bool((g == g.narrow(dim, 0, 1)).all()) for g in grids):
-            grids = [g.narrow(dim, 0, 1) for g in grids]
-    return grids
-
-
-def squeeze_each(grids: list[Tensor], dims: int) -> list[Tensor]:
-    """Label grids that broadcast to `dims` dimensions, without indices along which none of them changes."""
-    grids = [g.reshape((1,) * (dims - g.dim()) + tuple(g.shape)) if g.dim() < dims else g for g in grids]
-    for dim in range(dims):
-        if any(g.shape[dim] > 1 for g in grids) and all(
-            g.shape[dim] == 1 or bool((g == g.narrow(dim, 0, 1)).all()) for g in grids
-        ):
-            grids = [g.narrow(dim, 0, 1) for g in grids]
-    return grids
-
-
-def pair_up(a: Tensor, b: Tensor, same: bool = False) -> np.ndarray:
-    """[n, 2]: the distinct pairs of positive labels at the same place; equal ones only if `same`."""
-    a, b = torch.broadcast_tensors(a, b)
-    a, b = squeeze_constant([a, b])
-    keep = (a > 0) & (b > 0)
-    if not same:
-        keep &= a != b
-    if not bool(keep.any()):
-        return np.zeros((0, 2), dtype=np.int64)
-    first, second = a[keep].numpy(), b[keep].numpy()
-    if len(first) <= 64:
-        return np.stack([first, second], 1)
-    return unique_pairs(first, second)[0]
-
-
-def unique_pairs(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """([n, 2] distinct pairs (a[i], b[i]), which of them each i is)."""
-    low, place_a = np.unique(a, return_inverse=True)
-    high, place_b = np.unique(b, return_inverse=True)
-    keys, inverse = np.unique(place_a * len(high) + place_b, return_inverse=True)
-    return np.stack([low[keys // max(len(high), 1)], high[keys % max(len(high), 1)]], 1), inverse.reshape(-1)

@@ -7,22 +7,18 @@ elements are not computed but drawn, since no decision rests on their values.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from .hooks import BIRTH_LIMIT, Enter, Leave, result_tensors
 from .integers import Attribute, Equation, IntegerMode, install
 from .labels import (
-    COPIED,
     DENSE_LIMIT,
-    NORMAL,
-    REPLICATED,
     SHARED,
     Labels,
     Source,
@@ -32,8 +28,6 @@ from .labels import (
 from .operators import BY_INDEX, JOINING, LINEAR, NEW, SHAPE_ONLY
 from .partial import Partials
 from .rules import apply_rule, tensors_in
-
-BIRTH_LIMIT = 1 << 18  # elements of an activation that may get ids of its own
 
 
 @dataclass
@@ -122,8 +116,8 @@ class Trace(TorchDispatchMode):
             self.whole_integers = install(self.model)
         hooks = []
         for name, child in self.model.named_modules():
-            hooks.append(child.register_forward_pre_hook(_Enter(self, name), with_kwargs=True))
-            hooks.append(child.register_forward_hook(_Leave(self, name)))
+            hooks.append(child.register_forward_pre_hook(Enter(self, name), with_kwargs=True))
+            hooks.append(child.register_forward_hook(Leave(self, name)))
         self.stack = []
         try:
             with torch.no_grad(), self.integers, self:
@@ -177,11 +171,11 @@ class Trace(TorchDispatchMode):
                     self.partials.zeros.add(tensor)
             if self._births():
                 for tensor in outs:
-                    self._birth(f"new@{self.where}", tensor, "new")
+                    self.birth(f"new@{self.where}", tensor, "new")
             return out
         keys = {int(t.untyped_storage()._cdata) for t in ins}
         if op == "expand" and self._expands(args[0], out):
-            labels = self.labels.get(args[0]) if self._labelled(args[0]) else None
+            labels = self.labels.get(args[0]) if self.labelled(args[0]) else None
             if labels is not None and bool((labels >= SHARED).any()) and out.numel() <= BIRTH_LIMIT:
                 expanded, out = labels.expand(out.shape), out.clone()
                 self.labels.put_copies(out, expanded, f"copies@{self.where}")
@@ -204,11 +198,11 @@ class Trace(TorchDispatchMode):
             for tensor in outs:
                 self.rows_of_constants.add(tensor)
         self._follow_partials(op, inplace, args, kwargs, ins, outs)
-        if op not in SHAPE_ONLY and any(self._labelled(t) for t in ins):
+        if op not in SHAPE_ONLY and any(self.labelled(t) for t in ins):
             apply_rule(self, func, op, inplace, args, kwargs, out)
         return out
 
-    def _labelled(self, tensor: Tensor) -> bool:
+    def labelled(self, tensor: Tensor) -> bool:
         key = int(tensor.untyped_storage()._cdata)
         return key in self.labels.storages or key in self.labels.by_storage
 
@@ -293,7 +287,7 @@ class Trace(TorchDispatchMode):
     def _births(self) -> bool:
         return any(name in self.decisions.births for name in self.stack[-2:])
 
-    def _birth(self, name: str, tensor: Tensor, kind: str) -> None:
+    def birth(self, name: str, tensor: Tensor, kind: str) -> None:
         """Let a whole activation be cut: soft ids for its elements."""
         if not tensor.is_floating_point() or tensor.dim() < 2 or not 1 < tensor.numel() <= BIRTH_LIMIT:
             return
@@ -370,141 +364,3 @@ class Trace(TorchDispatchMode):
             labels = self.labels.get(tensor)
             self.labels.fail(labels, reason, self.where)
             self.labels.pin(labels)
-
-
-class _Enter:
-    """Forward pre-hook: the module is running; its arguments may be cut."""
-
-    def __init__(self, trace: Trace, name: str) -> None:
-        self.trace, self.name = trace, name
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        with unseen():
-            return self._enter(args, kwargs)
-
-    def _enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        trace = self.trace
-        trace.stack.append(self.name)
-        if trace.suspended:
-            return None
-        if self.name in trace.decisions.norms:
-            tensors = tensors_in(args) + tensors_in(kwargs)
-            labels = trace.labels.get(tensors[0]) if len(tensors) == 1 else None
-            if labels is not None and bool((labels > 0).any()):
-                trace.norm_inputs[self.name] = labels
-                trace.suspended += 1
-                return None
-        if self.name and self.name in trace.decisions.births:
-            born = False
-
-            def cut(place: str, value: Any) -> Any:
-                nonlocal born
-                if (
-                    isinstance(value, Tensor)
-                    and not trace._labelled(value)
-                    and trace.partials.get(value) is None
-                ):
-                    copy = value.clone()
-                    trace._birth(f"{self.name}@{place}", copy, "argument")
-                    born = True
-                    return copy
-                return value
-
-            args = tuple(cut(str(place), value) for place, value in enumerate(args))
-            kwargs = {key: cut(key, value) for key, value in kwargs.items()}
-            return (args, kwargs) if born else None
-        return None
-
-
-class _Leave:
-    """Forward hook: notes what the module returns, and cuts or gathers it where that was decided."""
-
-    def __init__(self, trace: Trace, name: str) -> None:
-        self.trace, self.name = trace, name
-
-    def __call__(self, module: nn.Module, args: Any, out: Any) -> Any:
-        with unseen():
-            return self._leave(module, out)
-
-    def _leave(self, module: nn.Module, out: Any) -> Any:
-        trace = self.trace
-        if self.name in trace.decisions.norms and self.name in trace.norm_inputs:
-            trace.suspended -= 1
-            out = self._after_norm(module, out)
-        if trace.suspended:
-            trace.stack.pop()
-            return out
-        if self.name in trace.decisions.gathers:
-            out = self._gathered(out)
-        for place, tensor in result_tensors(out):
-            trace.partials.returned(self.name, place, tensor)
-            labels = trace.labels.get(tensor)
-            cut = labels is not None and bool((labels > 0).any())
-            trace.result_whole[self.name] = trace.result_whole.get(self.name, True) and not cut
-            if labels is not None and not cut and labels.numel() <= BIRTH_LIMIT:
-                trace.result_soft.setdefault(self.name, []).append(torch.unique(labels).numpy())
-        trace.stack.pop()
-        if trace.where in trace.decisions.births and trace.where:
-            out = self._born(out)
-        return out
-
-    def _after_norm(self, module: nn.Module, out: Any) -> Any:
-        trace = self.trace
-        labels = trace.norm_inputs.pop(self.name)
-        rows = labels.reshape(-1, labels.shape[-1])
-        if not isinstance(out, Tensor) or labels.shape != out.shape or not bool((rows == rows[:1]).all()):
-            trace.labels.fail(labels, "a norm that is none of rows", self.name)
-            return out
-        trace.normed[self.name] = rows[0].numpy() & ~SHARED
-        out = out.clone()
-        trace.labels.put(out, labels)
-        for tensor in [*module.parameters(), *module.buffers()]:
-            if tensor.dim() == 1 and tensor.shape[0] == labels.shape[-1]:
-                own = trace.labels.get(tensor)
-                if own is not None:
-                    trace.labels.meet(labels, own.expand(labels.shape))
-        return out
-
-    def _gathered(self, out: Any) -> Any:
-        trace = self.trace
-        if not isinstance(out, Tensor):
-            return out
-        labels = trace.labels.get(out)
-        if labels is None:
-            return out
-        rows = labels.reshape(-1, labels.shape[-1])
-        if not bool((rows == rows[:1]).all()) or not bool((rows[0] > 0).all()):
-            trace.labels.fail(labels, "a result that cannot be gathered", self.name)
-            return out
-        trace.gathered[self.name] = rows[0].numpy() & ~SHARED
-        return out.clone()
-
-    def _born(self, out: Any) -> Any:
-        trace = self.trace
-        if isinstance(out, Tensor):
-            labels = trace.labels.get(out)
-            if (labels is None or not bool((labels > 0).any())) and trace.partials.get(out) is None:
-                out = out.clone()
-                trace._birth(f"{self.name}@", out, "result")
-        return out
-
-
-@contextmanager
-def unseen() -> Iterator[None]:
-    """Operations in here are seen by no mode."""
-    with _disable_current_modes(), torch._C.DisableTorchFunction():
-        yield
-
-
-def result_tensors(out: Any) -> list[tuple[str, Tensor]]:
-    """(place, tensor) of the tensors a module returns: itself, in a tuple or list, in a mapping."""
-    if isinstance(out, Tensor):
-        return [("", out)]
-    if isinstance(out, (tuple, list)):
-        return [(str(i), t) for i, t in enumerate(out) if isinstance(t, Tensor)]
-    if isinstance(out, dict):
-        return [(str(k), t) for k, t in out.items() if isinstance(t, Tensor)]
-    return []
-
-
-__all__ = ["COPIED", "Decisions", "NORMAL", "REPLICATED", "Trace", "result_tensors"]

@@ -19,6 +19,8 @@ from .operators import ALONG, BY_INDEX, COPIES, NORMS, POINTWISE, REDUCTIONS, SP
 if TYPE_CHECKING:
     from .mode import Trace
 
+LOOK_UP_LIMIT = 1 << 16  # values of a look-up whose columns may be followed
+
 Call = tuple[str, bool, Any, Any, Any]  # name, in place, args, kwargs, out
 
 
@@ -112,6 +114,9 @@ def _embedding(trace: Trace, args: Any, out: Tensor) -> None:
         labels = trace.labels.get(args[0])
         if labels is not None:
             trace.labels.put(out, labels[args[1]])
+        return
+    if out.numel() > LOOK_UP_LIMIT:  # a table as wide as the model is cut by tokens, or not at all
+        trace.labels.too_large.add(view.source.name)
         return
     rows = view.offset + args[1].to(torch.int64) * view.strides[0]
     ids = view.source.base + rows.unsqueeze(-1) + torch.arange(view.sizes[1]) * view.strides[1]

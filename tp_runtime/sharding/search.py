@@ -1,0 +1,436 @@
+"""Deciding, from one trace after another, what of a model divides.
+
+Each trace either leaves all families divided, or it names families that cannot be. Of such a family, in this
+order: norms that tie it sum over ranks; parts that several units read are copied (a KV head of many query
+heads); parts that fail alone stay whole (rows of a fused weight); the first weight in the flow of data stays
+whole. What does not fit an activation that is whole is cut where a module gives or takes it. Every step adds
+to `Decisions`, so the search ends.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from torch import nn
+
+from .build import Analysis
+from .families import (
+    Family,
+    Graph,
+    Owners,
+    components,
+    copied_components,
+    cut_of,
+    failure_reasons,
+    find_families,
+    ranks_of_groups,
+)
+from .inputs import Example
+from .norms import recognise
+from .shares import assign
+from .surrogate import Surrogate, make_surrogate
+from .trace.labels import COPIED, NORMAL, REPLICATED, SHARED, Misfit, Source
+from .trace.mode import Decisions, Trace
+
+MAX_TRACES = 60
+LARGE_MODEL = 1 << 25  # parameters beyond which one layer of each structure is proved, and no more
+PROVED_LIMIT = 1 << 28  # parameters of those layers beyond which their plan is traced and not run
+
+
+@dataclass
+class Search:
+    """One search. tried_copies: families (by their first source) for which copying parts did not help."""
+
+    surrogate: Surrogate
+    example: Example
+    world: int
+    verify: bool = True
+    decisions: Decisions = field(default_factory=Decisions)
+    tried_copies: set[str] = field(default_factory=set)
+    copied_for: dict[str, set[str]] = field(default_factory=dict)
+    traces: int = 0
+
+    def trace(self) -> Trace:
+        """A trace of the examples under the present decisions."""
+        self.traces += 1
+        model = make_surrogate(self.surrogate.model, shorten=False).model
+        trace = Trace(model, self.decisions)
+        for path, args, kwargs in self.example.calls:
+            trace.run(model.get_submodule(path), path, args, kwargs)
+        return trace
+
+    def settle(self) -> Analysis:
+        """Trace until nothing needs to be decided."""
+        while True:
+            before = self.decisions.state()
+            analysis = self.judge(self.trace())
+            if self.decisions.state() == before or self.traces >= MAX_TRACES:
+                return analysis
+
+    def judge(self, trace: Trace) -> Analysis:
+        """Decide about every family that cannot be divided; the analysis holds if there is none."""
+        for name in trace.labels.too_large:
+            self.decisions.whole.setdefault(name, "an operation on it other than a product")
+        graph = Graph(trace.labels)
+        families = find_families(graph, trace.order)
+        if self._drop_failed_copies(graph):
+            return Analysis(trace, graph, [], Owners(graph, {}, self.world), self.world)
+        if not any(f.failed or len(f.units) < self.world for f in families):
+            self._note_stuck(graph, families, trace.partials.resolve()[2])
+        counts: dict[int, list[int]] = {}
+        good: list[Family] = []
+        poisoned = any(f.failed for f in families)
+        for family in families:
+            if poisoned and not family.failed:
+                continue
+            if self._divides(graph, family, trace):
+                good.append(family)
+        shares = assign(good, self.world)
+        rank_of: dict[int, int] = {}
+        for family, share in zip(good, shares, strict=True):
+            ranks = np.repeat(np.arange(self.world), share)
+            rank_of.update(zip(family.units.tolist(), ranks.tolist(), strict=True))
+            counts[id(family)] = share
+        owners = Owners(graph, rank_of, self.world)
+        analysis = Analysis(trace, graph, good, owners, self.world)
+        if len(good) == len(families):
+            before = self.decisions.state()
+            for check in (self._check_cuts, self._check_misfits, self._check_pins):
+                check(analysis)
+                if self.decisions.state() != before:
+                    break
+        return analysis
+
+    # families
+
+    def _drop_failed_copies(self, graph: Graph) -> bool:
+        """Weights of which copied parts cannot be followed are whole instead."""
+        dropped = False
+        reasons = failure_reasons(graph)
+        for component in copied_components(graph) & reasons.keys():
+            ids = graph.nodes[graph.component == component]
+            for place in np.unique(graph.source_places(ids)):
+                name = graph.labels.sources[place].name
+                if self.decisions.marks.pop(name, None) is not None:
+                    self.decisions.whole[name] = reasons[component]
+                    dropped = True
+        return dropped
+
+    def _note_stuck(self, graph: Graph, families: list[Family], stuck: list) -> None:
+        for partial in stuck:
+            units = set(np.unique(graph.component[graph.places(partial.ids)]).tolist())
+            for family in families:
+                if units & set(family.units.tolist()):
+                    family.failed = (
+                        family.failed
+                        or f"a sum over ranks would be needed inside {partial.module} ({partial.needed_by})"
+                    )
+                    family.failed_units |= set(family.units.tolist())
+
+    def _divides(self, graph: Graph, family: Family, trace: Trace) -> bool:
+        key = family.sources[0]
+        groups = len(np.unique(family.group))
+        healthy = len(family.units) - len(family.failed_units & set(family.units.tolist()))
+        if not family.failed and len(family.units) >= self.world:
+            copied = groups < len(family.units) or any(
+                name in self.decisions.marks and (self.decisions.marks[name][1] == COPIED).any()
+                for name in family.sources
+            )
+            if not copied or groups >= self.world or ranks_of_groups(family, self.world) is not None:
+                return True
+            family.failed = f"{groups} groups of units cannot be spread over {self.world} ranks"
+        elif not family.failed:
+            if self._share_norm(graph, family):
+                return False
+            if key not in self.tried_copies and self._copy_parts(graph, family):
+                return False
+            family.failed = f"{len(family.units)} independent unit(s) for {self.world} ranks"
+            if key in self.copied_for:
+                self._undo_copies(key)
+                return False
+        if family.failed_units and healthy >= self.world and self._replicate_rows(graph, family, trace):
+            return False
+        self._first_whole(family, trace, family.failed, graph)
+        return False
+
+    def _first_whole(self, family: Family, trace: Trace, reason: str, graph: Graph | None = None) -> None:
+        """The first weight in the flow of data stays whole; rather one that has too few units on its own."""
+        weights = [n for n in family.sources if n in trace.order and n not in self.decisions.whole]
+        self._direct: set[str] = set()
+        if graph is not None:
+            alone = self._suspects(graph, family, set(weights))
+            weights = [n for n in weights if n in alone] or weights
+        chosen = min(weights, key=lambda n: trace.order[n], default=None)
+        if chosen is None:
+            chosen = next((n for n in family.sources if n not in self.decisions.whole), None)
+        if chosen is not None:
+            for name in self.surrogate.same_role(chosen) if chosen in self._direct else [chosen]:
+                self.decisions.whole.setdefault(name, reason)
+
+    def _suspects(self, graph: Graph, family: Family, names: set[str]) -> set[str]:
+        """Of the weights in `names`, those that fail even where nothing joins them to other operands: they go
+        into what failed, or have fewer units than ranks.
+        """
+        apart = graph.without({"join"})
+        failed: set[int] = set()
+        direct: set[str] = set()
+        for ids, _, _ in graph.labels.failures:
+            direct.update(graph.labels.sources[p].name for p in np.unique(graph.source_places(ids)))
+            failed.update(np.unique(apart[graph.places(ids)]).tolist())
+        if family.failed_units and direct & names:
+            self._direct = direct & names
+            return direct & names
+        found = set()
+        for source in graph.labels.sources:
+            if source.name in names:
+                low, high = np.searchsorted(graph.nodes, [source.base, source.base + source.numel])
+                own = set(np.unique(apart[low:high]).tolist())
+                if own & failed if family.failed_units else len(own) < self.world:
+                    found.add(source.name)
+        return found
+
+    def _mark(self, source: Source, dim: int, index: np.ndarray, mark: int) -> bool:
+        known = self.decisions.marks.get(source.name)
+        if known is not None and known[0] != dim:
+            return False
+        marks = np.full(source.shape[dim], NORMAL, dtype=np.int8) if known is None else known[1].copy()
+        changed = marks[index] != mark
+        marks[index] = mark
+        self.decisions.marks[source.name] = (dim, marks)
+        return bool(changed.any())
+
+    def _replicate_rows(self, graph: Graph, family: Family, trace: Trace) -> bool:
+        """The rows that fail alone stay whole; the first weight of them only."""
+        nodes = np.flatnonzero(np.isin(graph.component, list(family.failed_units)))
+        places = graph.source_places(graph.nodes[nodes])
+        sources = {int(p): graph.labels.sources[p] for p in np.unique(places)}
+        ordered = sorted(
+            (trace.order.get(s.name, 1 << 30), p) for p, s in sources.items() if s.kind == "weight"
+        )
+        if not ordered:
+            return False
+        place = ordered[0][1]
+        source = sources[place]
+        dim = _free_dim(source)
+        if dim is None:
+            return False
+        index = np.unique(source.index(graph.nodes[nodes[places == place]], dim))
+        return len(index) < source.shape[dim] and self._mark(source, dim, index, REPLICATED)
+
+    def _copy_parts(self, graph: Graph, family: Family) -> bool:
+        """Mark, as copied to all ranks that need it, the cheapest part whose removal leaves more units."""
+        apart = graph.without({"join"})
+        nodes = np.flatnonzero(np.isin(graph.component, family.units))
+        edges = [p for p, t in zip(graph.tie_nodes, graph.labels.ties, strict=True) if t.kind == "join"]
+        if not edges or not len(nodes):
+            return False
+        pairs = np.unique(apart[np.concatenate(edges)], axis=0)
+        pairs = pairs[np.isin(pairs[:, 0], apart[nodes]) & (pairs[:, 0] != pairs[:, 1])]
+        if not len(pairs):
+            return False
+        best = _best_part(graph, apart, nodes, pairs, len(family.units))
+        if best is None:
+            return False
+        changed = False
+        for place, ids in best.items():
+            source = graph.labels.sources[place]
+            dim = _free_dim(source)
+            if source.kind == "weight" and dim is not None:
+                changed |= self._mark(source, dim, np.unique(source.index(ids, dim)), COPIED)
+                self.copied_for.setdefault(family.sources[0], set()).add(source.name)
+        return changed
+
+    def _share_norm(self, graph: Graph, family: Family) -> bool:
+        """Let norms over what several operands divide, and their like in other layers, sum over ranks.
+
+        Those are the norms without whose ties a weight of the family falls into more parts. Where nothing is
+        joined, a norm stands between two weights, and the first of them is better whole (a latent space).
+        """
+        members = np.flatnonzero(np.isin(graph.component, family.units))
+        found = [
+            tie
+            for tie, pairs in zip(graph.labels.ties, graph.tie_nodes, strict=True)
+            if tie.kind != "weight" and np.isin(pairs[:, 0], members).any()
+        ]
+        norms = [
+            path
+            for path in sorted({tie.module for tie in found if tie.kind == "along"} - self.decisions.norms)
+            if path and self._norm_of(self.surrogate.model.get_submodule(path), path)
+        ]
+        if not any(tie.kind == "join" and tie.module not in norms for tie in found):
+            return False
+        parts = len(np.unique(graph.without({"join"})[members]))
+        changed = False
+        for path in norms:
+            apart = graph.without({"along"}, {path}, always={"join"})
+            if len(np.unique(apart[members])) > parts:
+                parameter = next(iter(dict(self.surrogate.model.get_submodule(path).named_parameters())))
+                names = self.surrogate.same_role(f"{path}.{parameter}")
+                self.decisions.norms.update(name.rpartition(".")[0] for name in names)
+                changed = True
+        return changed
+
+    def _norm_of(self, module: nn.Module, path: str) -> bool:
+        sizes = {p.shape[0] for p in module.parameters() if p.dim() == 1}
+        return len(sizes) == 1 and recognise(module, path, sizes.pop()) is not None
+
+    def _undo_copies(self, key: str) -> None:
+        for name in self.copied_for.pop(key):
+            dim, marks = self.decisions.marks.pop(name)
+            if (marks == REPLICATED).any():
+                self.decisions.marks[name] = (dim, np.where(marks == COPIED, NORMAL, marks))
+        self.tried_copies.add(key)
+
+    def _undo_copies_of(self, analysis: Analysis, misfit: Misfit) -> None:
+        """Weights whose copied parts do not fit what they meet are whole instead."""
+        assert misfit.operand is not None, "a copied operand has labels"
+        ids = np.unique((misfit.operand[misfit.operand > 0]).numpy()) & ~SHARED
+        for place in np.unique(analysis.graph.source_places(ids)):
+            name = analysis.trace.labels.sources[place].name
+            if self.decisions.marks.pop(name, None) is not None:
+                self.decisions.whole[name] = f"{misfit.op} in {misfit.module} needs all of it"
+
+    # what families imply
+
+    def _families_of(self, analysis: Analysis, ids: np.ndarray) -> list[Family]:
+        graph = analysis.graph
+        flat = graph.canonical(np.abs(ids[ids != 0]))
+        place = np.minimum(np.searchsorted(graph.nodes, flat), len(graph.nodes) - 1)
+        units = set(np.unique(graph.component[place[graph.nodes[place] == flat]]).tolist())
+        return [f for f in analysis.families if units & set(f.units.tolist())]
+
+    def _check_cuts(self, analysis: Analysis) -> None:
+        for source in analysis.trace.labels.sources:
+            cut = cut_of(source, analysis.owners)
+            if not isinstance(cut, str):
+                continue
+            if source.kind in ("weight", "buffer"):
+                self.decisions.whole[source.name] = cut
+            else:
+                meets = [m.pairs for m in analysis.trace.labels.meets]
+                pairs = np.concatenate(meets)
+                own = (pairs[:, 1] >= source.base) & (pairs[:, 1] < source.base + source.numel)
+                for family in self._families_of(analysis, pairs[own, 0]):
+                    self._first_whole(family, analysis.trace, cut)
+
+    def _check_misfits(self, analysis: Analysis) -> None:
+        for misfit in analysis.trace.labels.misfits:
+            if _fits(misfit, analysis.owners):
+                continue
+            if misfit.operand is not None and bool((misfit.operand > 0).any()):
+                self._undo_copies_of(analysis, misfit)
+                continue
+            if misfit.module not in self.decisions.births and misfit.module:
+                self.decisions.births.add(misfit.module)
+                continue
+            reason = f"{misfit.op} in {misfit.module or 'the model'} needs an operand that is whole"
+            for family in self._families_of(analysis, misfit.labels.numpy().reshape(-1)):
+                self._first_whole(family, analysis.trace, reason)
+
+    def _check_pins(self, analysis: Analysis) -> None:
+        pins = analysis.trace.labels.pins
+        if not pins or not analysis.owners.soft:
+            return
+        pinned = np.unique(np.concatenate(pins))
+        activation = pinned[pinned >= analysis.trace.first_activation_id]
+        cut = np.array([i for i in activation.tolist() if i in analysis.owners.soft], dtype=np.int64)
+        if not len(cut):
+            return
+        pairs = np.concatenate([m.pairs for m in analysis.trace.labels.meets])
+        for family in self._families_of(analysis, pairs[np.isin(pairs[:, 1], cut), 0]):
+            self._first_whole(family, analysis.trace, "an activation it would cut is also needed whole")
+
+
+def _fits(misfit: Misfit, owners: Owners) -> bool:
+    """Whether an operand is cut as the result is, along the dims it spans."""
+    masks = owners.of_labels(misfit.labels)
+    if not (masks >= 0).any():
+        return True
+    lead = masks.ndim - len(misfit.shape)
+    if all(
+        size == 1 or (masks == np.take(masks, [0], axis=lead + place)).all()
+        for place, size in enumerate(misfit.shape)
+    ):
+        return True
+    if misfit.operand is None:
+        return False
+    own = owners.of_labels(misfit.operand)
+    if not bool((misfit.operand > 0).any()):
+        return bool((np.broadcast_to(own, masks.shape) == masks).all())
+    labels = np.broadcast_to(misfit.operand.numpy(), masks.shape)
+    own = np.broadcast_to(own, masks.shape)
+    for rank in range(owners.world):
+        held = (own >= 0) & ((own >> rank) & 1 == 1)
+        used = (masks >= 0) & ((masks >> rank) & 1 == 1)
+        if set(np.unique(labels[held])) != set(np.unique(labels[used])):
+            return False
+    return True
+
+
+def _free_dim(source: Source) -> int | None:
+    """The only dim along which a source may be cut."""
+    free = [d for d in range(len(source.shape)) if d not in source.tied and source.shape[d] > 1]
+    return free[0] if len(free) == 1 else None
+
+
+def _best_part(
+    graph: Graph, apart: np.ndarray, nodes: np.ndarray, pairs: np.ndarray, units: int
+) -> dict[int, np.ndarray] | None:
+    """Ids, by source, of the cheapest class of components that several others are joined to, and whose
+    removal leaves more than `units` components; None where there is none.
+    """
+    own = apart[nodes]
+    members = np.unique(own)
+    both = np.unique(np.concatenate([pairs, pairs[:, ::-1]]), axis=0)
+    degree = {int(c): 0 for c in members}
+    for component in both[:, 0].tolist():
+        if component in degree:
+            degree[component] += 1
+    places = graph.source_places(graph.nodes[nodes])
+    cost, kinds = _costs(graph, nodes, own, places)
+    classes: dict[tuple[object, ...], list[int]] = {}
+    for component in members.tolist():
+        if degree[component] >= 2 and kinds[component]:
+            classes.setdefault((kinds[component], degree[component], round(cost[component])), []).append(
+                component
+            )
+    ranked = sorted(classes.values(), key=lambda members: sum(cost[c] for c in members))
+
+    def left_without(chosen: list[list[int]]) -> int:
+        left = members[~np.isin(members, [c for group in chosen for c in group])]
+        inside = np.searchsorted(left, pairs[np.isin(pairs[:, 0], left) & np.isin(pairs[:, 1], left)])
+        return len(np.unique(components(len(left), inside[:, 0], inside[:, 1])))
+
+    chosen: list[list[int]] = []
+    for group in ranked:
+        chosen.append(group)
+        if left_without(chosen) > units:
+            break
+    else:
+        return None
+    for group in chosen[:-1]:
+        if left_without([g for g in chosen if g is not group]) > units:
+            chosen = [g for g in chosen if g is not group]
+    mask = np.isin(own, [c for group in chosen for c in group])
+    ids = graph.nodes[nodes[mask]]
+    return {int(p): ids[places[mask] == p] for p in np.unique(places[mask])}
+
+
+def _costs(
+    graph: Graph, nodes: np.ndarray, own: np.ndarray, places: np.ndarray
+) -> tuple[dict[int, float], dict[int, tuple[str, ...]]]:
+    """For each component: weight elements it stands for, and the matrices it is part of."""
+    cost: dict[int, float] = {}
+    kinds: dict[int, set[str]] = {}
+    for place in np.unique(places):
+        source = graph.labels.sources[place]
+        mine = own[places == place]
+        each = source.numel / max(len(mine), 1)
+        matrix = source.kind == "weight" and len(source.shape) > 1
+        for component in mine.tolist():
+            cost[component] = cost.get(component, 0.0) + each
+            kinds.setdefault(component, set())
+            if matrix:
+                kinds[component].add(source.name)
+    return cost, {c: tuple(sorted(k)) for c, k in kinds.items()}
