@@ -5,8 +5,9 @@
 
 Random weights. Each repeat is one generate call of greedy rows; the medians are reported, and the spread.
 The ceiling is each GPU's read-only kernel of the same run. Prefill's share of the peak: 2 operations a weight
-of the layers and a token, over the time to the first token, over an 8192^3 bf16 product's rate. --profile: time a token by kernel, from torch's
-profiler over a few replays. The last line on stdout is one JSON document.
+of the layers and a token, over the time to the first token, over an 8192^3 bf16 product's rate.
+--profile: time a token by kernel, from torch's profiler over a few replays. The last line on stdout is one
+JSON document.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 def profile(llm: Any, rows: int, top: int = 12) -> list[dict[str, Any]]:
     """Microseconds a token by kernel. Every rank calls it; rank 0 drives."""
     import torch
+
     from tp_runtime import SamplingParams
 
     prompts = [[5 + row] * 8 for row in range(rows)]
@@ -41,6 +43,7 @@ def profile(llm: Any, rows: int, top: int = 12) -> list[dict[str, Any]]:
 def matmul_peak_flops() -> float:
     """Operations a second of a large bf16 product on this GPU."""
     import torch
+
     from tp_runtime.kernels.cuda.read_ceiling import graph_seconds
 
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
@@ -101,6 +104,7 @@ def main() -> None:
     rows = [int(each) for each in args.rows.split(",")]
     started = time.perf_counter()
     import torch
+
     from tp_runtime import LLM
 
     llm = LLM(
@@ -125,8 +129,11 @@ def main() -> None:
     for each in kernels:
         print(f"{each['us_a_token']:9.1f} us {each['calls']:6d} {each['kernel']}", file=sys.stderr)
     for run in runs:
-        print(f"{args.model} {args.quant} x{llm.world_size}, {run['rows']} rows: {run['tok_s']:.1f} tokens/s, "
-              f"MBU {run['mbu']:.2f}, ready in {ready:.0f} s", file=sys.stderr)  # fmt: skip
+        print(
+            f"{args.model} {args.quant} x{llm.world_size}, {run['rows']} rows: {run['tok_s']:.1f} tokens/s, "
+            f"MBU {run['mbu']:.2f}, ready in {ready:.0f} s",
+            file=sys.stderr,
+        )
     print(json.dumps(document))
 
 

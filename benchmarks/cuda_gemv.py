@@ -94,9 +94,14 @@ def compile_some(kinds: list[str], rows: int, part: int, parts: int) -> None:
 
     jobs = [(kind, shape, tile) for kind in kinds for shape in SHAPES
             for tile in candidates(kind, SHAPES[shape][2], SHAPES[shape][1])]  # fmt: skip
-    jobs.sort(key=lambda job: (job[0], SHAPES[job[1]][2], job[2].bn, job[2].bk, job[2].warps, job[2].stages))
-    grouped = [list(group) for _, group in itertools.groupby(
-        jobs, key=lambda job: (job[0], SHAPES[job[1]][2], job[2].bn, job[2].bk, job[2].warps, job[2].stages))]  # fmt: skip
+
+    def binary(job: tuple[str, str, Any]) -> tuple[Any, ...]:
+        """What the compiled kernel depends on."""
+        kind, shape, tile = job
+        return kind, SHAPES[shape][2], tile.bn, tile.bk, tile.warps, tile.stages
+
+    jobs.sort(key=binary)
+    grouped = [list(group) for _, group in itertools.groupby(jobs, key=binary)]
     for group in grouped[part::parts]:
         for kind, shape, tile in group[:1]:
             n, k, gated = SHAPES[shape]
@@ -135,8 +140,11 @@ def measure(kinds: list[str], rows: int, ceiling: float) -> list[dict[str, Any]]
             row = {"kind": kind, "shape": shape, "rows": rows, "us": us, "share": share, "tile": vars(tile)}
             found.append(row)
             t = tile
-            print(f"{kind:9s} {shape:8s} x{rows} {us:8.2f} us {share:6.1%}  "
-                  f"bn {t.bn} bk {t.bk} splits {t.splits} warps {t.warps} stages {t.stages}", flush=True)  # fmt: skip
+            print(
+                f"{kind:9s} {shape:8s} x{rows} {us:8.2f} us {share:6.1%}  "
+                f"bn {t.bn} bk {t.bk} splits {t.splits} warps {t.warps} stages {t.stages}",
+                flush=True,
+            )
         del weights, one
         torch.cuda.empty_cache()
     return found
@@ -152,7 +160,10 @@ def main() -> None:
     started = time.time()
     processes = max(1, min(14, (os.cpu_count() or 1) - 2))
     context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=compile_some, args=(kinds, args.rows, part, processes)) for part in range(processes)]  # fmt: skip
+    workers = [
+        context.Process(target=compile_some, args=(kinds, args.rows, part, processes))
+        for part in range(processes)
+    ]
     for worker in workers:
         worker.start()
     for worker in workers:

@@ -1,8 +1,9 @@
 """One quantised weight, or a rank's part of it, in canonical form: what every kernel packs from.
 
 Logical shape [n, k] = layout.local_shape. Stored:
-- 8 bits: q int8 [n, k], or float8_e4m3fn for fp8. 4 bits: q uint8 [n, ceil(k/2)], local column 2j in the low nibble of byte j,
-  2j+1 in the high one; a missing last column is 0.
+- 8 bits: q int8 [n, k], or float8_e4m3fn for fp8.
+- 4 bits: q uint8 [n, ceil(k/2)], local column 2j in the low nibble of byte j, 2j+1 in the high one; a missing
+  last column is 0.
 - per channel (int8, fp8): scale fp32 [n], w = scale * q.
 - per group: scale fp16 [n, G] for the G groups of the whole weight that the part touches
   (layout.groups; local column j belongs to group (layout.head + j) // group_size), offset likewise or

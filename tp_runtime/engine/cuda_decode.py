@@ -24,7 +24,7 @@ from ..collectives.push_group import PushGroup
 from ..kernels.cuda import attention_ops, tokens
 from ..kernels.cuda.linear import Tile, choose_tile, gemv_
 from ..kernels.linear import PreparedWeight
-from ..models.llama import DecoderLayer, Llama, RMSNorm
+from ..models.llama import DecoderLayer, Llama
 from ..quant.embedding import QuantEmbedding
 from ..sharding.layers import VocabParallelEmbedding
 from .cuda_fuse import packed_weight
@@ -93,7 +93,7 @@ def _layer(layer: DecoderLayer, window: int) -> Layer | None:
         return None
     norms = None
     if attention.q_norm is not None and attention.k_norm is not None:
-        q_norm, k_norm = cast(RMSNorm, attention.q_norm), cast(RMSNorm, attention.k_norm)
+        q_norm, k_norm = attention.q_norm, attention.k_norm
         norms = (q_norm.weight, k_norm.weight, q_norm.eps)
     input_norm = cast(ResidualNorm, layer.input_layernorm)
     post_norm = cast(ResidualNorm, layer.post_attention_layernorm)

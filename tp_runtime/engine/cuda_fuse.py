@@ -30,6 +30,7 @@ class FusedLinear(nn.Module):
         self._names = [f"packed_{i}" for i in range(len(weight.tensors))]
         for name, tensor in zip(self._names, weight.tensors, strict=True):
             self.register_buffer(name, tensor, persistent=False)
+        self.bias: Tensor | None
         self.register_buffer("bias", bias, persistent=False)
         self.sizes = list(sizes)
 
@@ -51,9 +52,7 @@ def packed_weight(module: nn.Module) -> tuple[PreparedWeight, Tensor | None] | N
     if isinstance(module, RowParallelLinear):
         inner = packed_weight(module.inner)
         return None if inner is None else (inner[0], module.bias)
-    if isinstance(module, FusedLinear):
-        weight, bias = module.prepared, cast(Tensor | None, module.bias)
-    elif isinstance(module, QuantLinear):
+    if isinstance(module, FusedLinear | QuantLinear):
         weight, bias = module.prepared, module.bias
     elif isinstance(module, nn.Linear):
         weight, bias = _plain(module.weight.detach()), module.bias

@@ -84,7 +84,8 @@ class CudaRunner(ModelRunner):
         if self._decode is None or step.num_tokens > MOST_TOKENS or layers is not None:
             return super().execute(step, layers)
         self._replay(self._fill(step, moving=False), 1)
-        wanted, at = [], 0
+        wanted: list[int] = []
+        at = 0
         for row in step.rows:
             at += len(row.tokens)
             wanted += range(at - row.num_logits, at)

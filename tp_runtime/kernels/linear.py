@@ -139,7 +139,8 @@ def prepare(
     """Pack a canonical quantised weight for the best kernel this machine has.
 
     q: int8 or float8_e4m3fn [n, k], or bits=4: uint8 [n, ceil(k/2)] (column 2j in the low nibble of byte j).
-    scale: fp32 [n] where group_size is 0, else fp16 [n, G] for the G groups that columns head .. head+k-1 touch.
+    scale: fp32 [n] where group_size is 0, else fp16 [n, G], one for each of the G groups that columns
+    head .. head+k-1 touch.
     offset: fp16 [n, G] or None; 4 bits without it mean w = scale * (q - 8). backend: "auto" or
     "reference".
     """

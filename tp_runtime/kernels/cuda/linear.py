@@ -161,7 +161,8 @@ def gemv_(
 
 def dequantize(tensors: tuple[Tensor, ...], k: int, group_size: int, out: Tensor | None = None) -> Tensor:
     """The weight [n, k] in bf16. tensors: as gemv_ takes them."""
-    w, scale, offset = (*tensors, None, None)[:3]
+    w = tensors[0]
+    scale, offset = (*tensors[1:], None, None)[:2]
     n, kind = w.shape[0], kind_of(w)
     if out is None:
         out = torch.empty((n, k), dtype=torch.bfloat16, device=w.device)

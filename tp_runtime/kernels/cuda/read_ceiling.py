@@ -24,7 +24,7 @@ _SHAPES = ((1024, 4, 4, 8), (2048, 4, 8, 4), (2048, 8, 8, 2), (1024, 8, 4, 8))
 def _read_kernel(data_ptr, out_ptr, blocks, WORDS: tl.constexpr, UNROLL: tl.constexpr):
     acc = tl.zeros([WORDS], tl.int32)
     for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
-        base = block.to(tl.int64) * (WORDS * UNROLL)
+        base = tl.cast(block, tl.int64) * (WORDS * UNROLL)
         for part in tl.static_range(UNROLL):
             acc ^= tl.load(data_ptr + base + part * WORDS + tl.arange(0, WORDS))
     tl.store(out_ptr + tl.program_id(0), tl.xor_sum(acc, 0))
