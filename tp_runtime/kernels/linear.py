@@ -212,7 +212,7 @@ def join_rows(parts: Sequence[PreparedWeight], *, gated: bool = False) -> Prepar
     blocks = sum(-(-part.n // _BLOCK_ROWS) for part in parts)
     num_bytes = sum(part.tensors[0].numel() for part in parts)
     packed = torch.ops.tp_cpu.join_packed(
-        [part.tensors[0] for part in parts], max(1, num_bytes // max(1, blocks))
+        [part.tensors[0] for part in parts], max(1, num_bytes // max(1, blocks)), gated
     )
     scales = [part.channel_scale for part in parts if part.channel_scale is not None]
     tensors = (packed, torch.cat(scales)) if scales else (packed,)

@@ -9,14 +9,23 @@ namespace tp {
 namespace {
 
 constexpr int kPrefetchBytes = 2560;  // ahead in each stream
-constexpr int kRowChunk = 4;          // rows whose sums stay in registers
 
-using Sums = float[kMaxTermRows][kBlockRows];
+// One row more than needed: streams 4 KiB apart would make stores look like those of other streams.
+using Sums = float[kMaxTermRows + 1][kBlockRows];
 
 template <size_t kBytes>
 inline void prefetch(const uint8_t* from) {
 #pragma GCC unroll 32
   for (size_t at = 0; at < kBytes; at += 64) _mm_prefetch(reinterpret_cast<const char*>(from + at), _MM_HINT_T0);
+}
+
+// f<count>(first row) for all of `rows`, kRowChunk at a time. (The recursion ends at the count that is left.)
+template <int kCount = kRowChunk, typename F>
+inline void in_chunks(int rows, const F& f, int first = 0) {
+  for (; rows - first >= kCount; first += kCount) f.template operator()<kCount>(first);
+  if constexpr (kCount > 1) {
+    if (first < rows) in_chunks<kCount - 1>(rows, f, first);
+  }
 }
 
 // ---- activations ----------------------------------------------------------------------------------
@@ -114,97 +123,126 @@ void prepare(const WeightShape& shape, const Input& input, const Activations& ou
 
 // ---- quantised weights ----------------------------------------------------------------------------
 
-// kRows rows against one slice of one block: sums = dot * scale (+ sums).
-template <int kBits, int kRows>
-inline void add_fixed(const uint8_t* w, const int8_t* x, const float* scale, const int32_t* correction, bool first,
-                      float (*sums)[kBlockRows]) {
+// kRows rows against one slice of one block: finish(row, dot) for each.
+template <int kBits, int kRows, typename Finish>
+inline void multiply_slice(const uint8_t* w, const int8_t* x, const int32_t* correction, const Finish& finish) {
   Dot dot[kRows];
   for (int m = 0; m < kRows; ++m) dot[m].reset(correction[m]);
   if constexpr (kBits == 8) {
 #pragma GCC unroll 8
     for (int quad = 0; quad < 8; ++quad) {
       const Bytes bytes = load_bytes(w + quad * 64);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int m = 0; m < kRows; ++m) dot[m].add_quad(bytes, x + m * kFixedSliceBytes, quad);
     }
   } else {
 #pragma GCC unroll 4
     for (int pair = 0; pair < 4; ++pair) {
       const Bytes bytes = load_bytes(w + pair * 64), low = low_nibbles(bytes), high = high_nibbles(bytes);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int m = 0; m < kRows; ++m) {
         dot[m].add_quad(low, x + m * kFixedSliceBytes, pair * 2);
         dot[m].add_quad(high, x + m * kFixedSliceBytes, pair * 2 + 1);
       }
     }
   }
-  for (int m = 0; m < kRows; ++m) {
-    const Floats value = dot[m].value(), s = spread(scale[m]);
-    store(sums[m], first ? mul(value, s) : fma(value, s, load(sums[m])));
-  }
+#pragma GCC unroll 8
+  for (int m = 0; m < kRows; ++m) finish(m, dot[m].value());
 }
 
-// kRows: the number of term rows where it is one of 1 to 4, else 0.
-template <int kBits, int kRows>
-inline void add_fixed_rows(const uint8_t* w, const Activations& x, int64_t slice, bool first, Sums& sums) {
+// multiply_slice for all rows. kRows: the number of term rows where it is one of 1 to 4, else 0.
+template <int kBits, int kRows, typename Finish>
+inline void multiply_rows(const uint8_t* w, const Activations& x, int64_t slice, const Finish& finish) {
   const int64_t at = slice * (kRows ? kRows : x.term_rows);
   const auto rows = [&]<int kCount>(int m) {
-    add_fixed<kBits, kCount>(w, x.fixed + (at + m) * kFixedSliceBytes, x.scale + at + m, x.correction + at + m, first,
-                             sums + m);
+    multiply_slice<kBits, kCount>(w, x.fixed + (at + m) * kFixedSliceBytes, x.correction + at + m,
+                                  [&](int i, Floats dot) { finish(m + i, dot); });
   };
   if constexpr (kRows > 0) {
     rows.template operator()<kRows>(0);
   } else {
-    int m = 0;
-    for (; m + kRowChunk <= x.term_rows; m += kRowChunk) rows.template operator()<kRowChunk>(m);
-    switch (x.term_rows - m) {
-      case 3: rows.template operator()<3>(m); break;
-      case 2: rows.template operator()<2>(m); break;
-      case 1: rows.template operator()<1>(m); break;
+    in_chunks(x.term_rows, rows);
+  }
+}
+
+// One slice: sums = dot * scale (+ sums).
+template <int kBits, int kRows>
+inline void add_slice(const uint8_t* w, const Activations& x, int64_t slice, bool first, Sums& sums) {
+  const float* scale = x.scale + slice * (kRows ? kRows : x.term_rows);
+  multiply_rows<kBits, kRows>(w, x, slice, [&](int m, Floats dot) {
+    const Floats s = spread(scale[m]);
+    store(sums[m], first ? mul(dot, s) : fma(dot, s, load(sums[m])));
+  });
+}
+
+// One group's scale, and offset, of the block's 16 rows: sums = part * scale + offset * activations (+ sums).
+template <bool kAsymmetric>
+struct GroupScale {
+  Floats scale, offset;
+
+  explicit GroupScale(const uint8_t* from)
+      : scale(load_half(from)), offset(kAsymmetric ? load_half(from + 32) : zeros()) {}
+  inline void add(Floats part, const float* group_sum, bool first, float* sums) const {
+    Floats sum = first ? mul(part, scale) : fma(part, scale, load(sums));
+    if (kAsymmetric) sum = fma(offset, spread(*group_sum), sum);
+    store(sums, sum);
+  }
+};
+
+// Up to kMaxStreams blocks at once, over all of K, with a scale a row.
+template <int kBits, int kRows>
+void channel_pass(const WeightShape& shape, const Activations& x, const uint8_t* const* blocks, int streams,
+                  Sums* sums) {
+  constexpr size_t kSliceBytes = size_t{kBlockRows} * kSliceCols * kBits / 8;
+  for (int64_t slice = 0; slice < shape.slices(); ++slice) {
+    for (int r = 0; r < streams; ++r) {
+      const uint8_t* w = blocks[r] + slice * kSliceBytes;
+      prefetch<kSliceBytes>(w + kPrefetchBytes);
+      add_slice<kBits, kRows>(w, x, slice, slice == 0, sums[r]);
     }
   }
 }
 
-// A group's sums, scaled (and offset) into the block's.
-template <bool kAsymmetric, int kRows>
-inline void add_group(const uint8_t* scales, const Activations& x, int64_t group, const Sums& group_sums, Sums& sums) {
-  const Floats scale = load_half(scales), offset = kAsymmetric ? load_half(scales + 32) : zeros();
+// The same where columns share scales in groups: a group is summed apart and then scaled into `sums`. A group of
+// one slice is scaled as it is made, with the same bits.
+template <int kBits, bool kAsymmetric, int kRows, bool kOneSlice>
+void group_pass(const WeightShape& shape, const Activations& x, const uint8_t* const* blocks, int streams,
+                Sums* sums) {
+  constexpr size_t kSliceBytes = size_t{kBlockRows} * kSliceCols * kBits / 8, kScaleBytes = kAsymmetric ? 64 : 32;
+  alignas(64) Sums group_sums[kOneSlice ? 1 : kMaxStreams];
   const int rows = kRows ? kRows : x.term_rows;
-  for (int m = 0; m < rows; ++m) {
-    const Floats part = load(group_sums[m]);
-    Floats sum = group == 0 ? mul(part, scale) : fma(part, scale, load(sums[m]));
-    if (kAsymmetric) sum = fma(offset, spread(x.group_sum[group * rows + m]), sum);
-    store(sums[m], sum);
-  }
-}
-
-// Up to kMaxStreams blocks at once, over all of K. Where columns share scales in groups, a group is summed
-// apart and then scaled into `sums`.
-template <int kBits, bool kGrouped, bool kAsymmetric, int kRows>
-void quantised_pass(const WeightShape& shape, const Activations& x, const uint8_t* const* blocks, int streams,
-                    Sums* sums) {
-  constexpr size_t kSliceBytes = size_t{kBlockRows} * kSliceCols * kBits / 8;
-  alignas(64) Sums group_sums[kGrouped ? kMaxStreams : 1];
   const uint8_t* w[kMaxStreams];
   for (int r = 0; r < streams; ++r) w[r] = blocks[r];
-  const int64_t slices = shape.slices(), per_group = kGrouped ? shape.slices_per_group() : slices;
-  int64_t group = 0, left = kGrouped ? shape.group_slices(0) : slices;
+  const int64_t slices = shape.slices(), per_group = shape.slices_per_group();
+  int64_t group = 0, left = shape.group_slices(0);
   bool first = true;
   for (int64_t slice = 0; slice < slices; ++slice) {
+    const float* group_sum = kAsymmetric ? x.group_sum + group * rows : nullptr;
     for (int r = 0; r < streams; ++r) {
-      prefetch<kSliceBytes + (kGrouped ? 64 : 0)>(w[r] + kPrefetchBytes);  // scales lie between slices
-      add_fixed_rows<kBits, kRows>(w[r], x, slice, first, kGrouped ? group_sums[r] : sums[r]);
+      prefetch<kSliceBytes + 64>(w[r] + kPrefetchBytes);  // scales lie between slices
+      if constexpr (kOneSlice) {
+        const GroupScale<kAsymmetric> scale(w[r] + kSliceBytes);
+        const float* s = x.scale + slice * rows;
+        multiply_rows<kBits, kRows>(w[r], x, slice, [&](int m, Floats dot) {
+          scale.add(mul(dot, spread(s[m])), group_sum + m, slice == 0, sums[r][m]);
+        });
+        w[r] += kScaleBytes;
+      } else {
+        add_slice<kBits, kRows>(w[r], x, slice, first, group_sums[r]);
+      }
       w[r] += kSliceBytes;
     }
     first = false;
-    if (kGrouped && --left == 0) {
-      for (int r = 0; r < streams; ++r) {
-        add_group<kAsymmetric, kRows>(w[r], x, group, group_sums[r], sums[r]);
-        w[r] += kAsymmetric ? 64 : 32;
+    if (kOneSlice) {
+      ++group;
+    } else if (--left == 0) {
+      for (int r = 0; r < streams; ++r, first = true) {
+        const GroupScale<kAsymmetric> scale(w[r]);
+        for (int m = 0; m < rows; ++m) scale.add(load(group_sums[r][m]), group_sum + m, group == 0, sums[r][m]);
+        w[r] += kScaleBytes;
       }
       ++group;
       left = slices - slice - 1 < per_group ? slices - slice - 1 : per_group;
-      first = true;
     }
   }
 }
@@ -225,7 +263,7 @@ inline void add_plain(const uint8_t* w, const float* x, float (*even_sums)[kBloc
       first = load(reinterpret_cast<const float*>(w) + pair * 32);
       second = load(reinterpret_cast<const float*>(w) + pair * 32 + 16);
     }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int m = 0; m < kRows; ++m) {
       even[m] = fma(first, spread(x[m * kSliceCols + pair * 2]), even[m]);
       odd[m] = fma(second, spread(x[m * kSliceCols + pair * 2 + 1]), odd[m]);
@@ -246,15 +284,9 @@ void plain_pass(const WeightShape& shape, const Activations& x, const uint8_t* c
     for (int r = 0; r < streams; ++r) {
       const uint8_t* w = blocks[r] + slice * kSliceBytes;
       prefetch<kSliceBytes>(w + kPrefetchBytes);
-      for (int m = 0; m < rows; m += kRowChunk) {
-        const float* from = x.plain + (slice * rows + m) * kSliceCols;
-        switch (rows - m) {
-          case 1: add_plain<kBits, 1>(w, from, sums[r] + m, odd[r] + m); break;
-          case 2: add_plain<kBits, 2>(w, from, sums[r] + m, odd[r] + m); break;
-          case 3: add_plain<kBits, 3>(w, from, sums[r] + m, odd[r] + m); break;
-          default: add_plain<kBits, 4>(w, from, sums[r] + m, odd[r] + m);
-        }
-      }
+      in_chunks(rows, [&]<int kCount>(int m) {
+        add_plain<kBits, kCount>(w, x.plain + (slice * rows + m) * kSliceCols, sums[r] + m, odd[r] + m);
+      });
     }
   }
   for (int r = 0; r < streams; ++r) {
@@ -289,23 +321,36 @@ inline Floats finished(const Output& out, int64_t block, const Sums& sums, int64
 
 using Pass = void (*)(const WeightShape&, const Activations&, const uint8_t* const*, int, Sums*);
 
-template <int kBits, bool kGrouped, bool kAsymmetric>
-Pass choose_rows(int term_rows) {
+// f<rows>() for the number of term rows, 0 for more than 4.
+template <typename F>
+Pass for_rows(int term_rows, const F& f) {
   switch (term_rows) {
-    case 1: return quantised_pass<kBits, kGrouped, kAsymmetric, 1>;
-    case 2: return quantised_pass<kBits, kGrouped, kAsymmetric, 2>;
-    case 3: return quantised_pass<kBits, kGrouped, kAsymmetric, 3>;
-    case 4: return quantised_pass<kBits, kGrouped, kAsymmetric, 4>;
-    default: return quantised_pass<kBits, kGrouped, kAsymmetric, 0>;
+    case 1: return f.template operator()<1>();
+    case 2: return f.template operator()<2>();
+    case 3: return f.template operator()<3>();
+    case 4: return f.template operator()<4>();
+    default: return f.template operator()<0>();
   }
+}
+
+template <int kBits, bool kAsymmetric>
+Pass choose_group_pass(const WeightShape& shape, int term_rows) {
+  return for_rows(term_rows, [&]<int kRows>() -> Pass {
+    if (shape.slices_per_group() == 1) return group_pass<kBits, kAsymmetric, kRows, true>;
+    return group_pass<kBits, kAsymmetric, kRows, false>;
+  });
 }
 
 Pass choose_pass(const WeightShape& shape, int term_rows) {
   switch (shape.bits) {
     case 32: return plain_pass<32>;
     case 16: return plain_pass<16>;
-    case 8: return shape.grouped() ? choose_rows<8, true, false>(term_rows) : choose_rows<8, false, false>(term_rows);
-    default: return shape.asymmetric ? choose_rows<4, true, true>(term_rows) : choose_rows<4, true, false>(term_rows);
+    case 8:
+      if (shape.grouped()) return choose_group_pass<8, false>(shape, term_rows);
+      return for_rows(term_rows, []<int kRows>() -> Pass { return channel_pass<8, kRows>; });
+    default:
+      return shape.asymmetric ? choose_group_pass<4, true>(shape, term_rows)
+                              : choose_group_pass<4, false>(shape, term_rows);
   }
 }
 

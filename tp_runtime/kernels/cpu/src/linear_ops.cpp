@@ -239,8 +239,9 @@ Tensor pack_plain_op(const Tensor& w) {
   return packed;
 }
 
-// Packed weights of whole blocks, one over the other: the blocks of all, in order.
-Tensor join_packed(at::TensorList parts, int64_t block_bytes) {
+// Packed weights of whole blocks, one over the other: the blocks of all, in order. gated: the two halves are read
+// side by side.
+Tensor join_packed(at::TensorList parts, int64_t block_bytes, bool gated) {
   int64_t blocks = 0;
   std::vector<std::pair<int64_t, const uint8_t*>> starts;
   for (const Tensor& part : parts) {
@@ -250,14 +251,19 @@ Tensor join_packed(at::TensorList parts, int64_t block_bytes) {
   }
   Tensor joined = empty_weight(blocks * block_bytes);
   auto* out = joined.data_ptr<uint8_t>();
-  // The threads that will read the blocks touch them first.
-  at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+  const auto copy = [&](int64_t begin, int64_t end) {
     size_t part = 0;
     for (int64_t block = begin; block < end; ++block) {
       while (part + 1 < starts.size() && starts[part + 1].first <= block) ++part;
       std::memcpy(out + block * block_bytes, starts[part].second + (block - starts[part].first) * block_bytes,
                   block_bytes);
     }
+  };
+  // The threads that will read the blocks touch them first.
+  const int64_t half = gated ? blocks / 2 : 0;
+  at::parallel_for(0, blocks - half, 1, [&](int64_t begin, int64_t end) {
+    copy(begin, end);
+    if (gated) copy(half + begin, half + end);
   });
   return joined;
 }
@@ -292,7 +298,7 @@ TORCH_LIBRARY_FRAGMENT(tp_cpu, m) {
       "pack_quantized(Tensor q, Tensor scale, Tensor? offset, int n, int k, int bits, int group_size, int head) -> "
       "Tensor");
   m.def("pack_plain(Tensor w) -> Tensor");
-  m.def("join_packed(Tensor[] parts, int block_bytes) -> Tensor");
+  m.def("join_packed(Tensor[] parts, int block_bytes, bool gated) -> Tensor");
   m.def(
       "packed_rows(Tensor ids, Tensor packed, Tensor? channel_scale, int n, int k, int bits, int group_size, int head, "
       "bool asymmetric) -> Tensor",

@@ -9,6 +9,8 @@
 namespace tp {
 namespace {
 
+constexpr int kRowChunk = 4;  // rows whose sums stay in registers
+
 struct Floats {
   __m256 a, b;  // lanes 0..7, 8..15
 };

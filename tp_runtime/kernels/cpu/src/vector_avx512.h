@@ -8,6 +8,8 @@
 namespace tp {
 namespace {
 
+constexpr int kRowChunk = 8;  // rows whose sums stay in registers
+
 using Floats = __m512;
 using Bytes = __m512i;  // 64 bytes: [row 0..15][4]
 
