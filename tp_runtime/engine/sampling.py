@@ -5,12 +5,13 @@ take, and what it is for. Batch mates, world size and step shapes cannot change 
 the order penalties, temperature, top-k, top-p, min-p; the token is the one at which the cumulative
 probability, in vocabulary order, passes the drawn number.
 
-Legend: V vocabulary.
+Legend: V vocabulary, C candidates.
 """
 
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,6 +21,7 @@ from torch import Tensor
 from ..config import SamplingParams
 
 _MASK = (1 << 64) - 1
+_HEAD = 512  # likeliest tokens that are sorted first
 
 
 class Purpose(enum.IntEnum):
@@ -62,33 +64,62 @@ def penalise(
     return logits_V
 
 
+def _first_largest(values_C: Tensor, count: int, least: Tensor) -> Tensor:
+    """Indices, ascending, of the `count` largest values, `least` being the last; of equal ones the first."""
+    above, equal = (values_C > least).nonzero()[:, 0], (values_C == least).nonzero()[:, 0]
+    missing = count - above.numel()
+    return above if missing == 0 else torch.cat((above, equal[:missing])).sort().values
+
+
+def _nucleus(logits_C: Tensor, temperature: float, top_p: float) -> Tensor:
+    """Indices, ascending, of the fewest likeliest values whose probabilities reach top_p.
+
+    Of a large vocabulary only its head is sorted: the mass is that of all, and few values hold most of it.
+    """
+    mass = torch.logsumexp(logits_C.double() / temperature, dim=-1)
+    size = min(_HEAD, logits_C.numel())
+    while True:
+        head = torch.topk(logits_C, size).values
+        probs = torch.exp(head.double() / temperature - mass)
+        count = max(1, int((probs.cumsum(0) - probs < top_p).sum()))
+        if count < size or size == logits_C.numel():
+            return _first_largest(logits_C, count, head[count - 1])
+        size = min(8 * size, logits_C.numel())
+
+
+def _candidates(
+    logits_V: Tensor, params: SamplingParams, prompt: Sequence[int], output: Sequence[int]
+) -> tuple[Tensor | None, Tensor]:
+    """(ids, ascending, that may be drawn, or None for all; their probabilities, float64, sum 1)."""
+    values = penalise(logits_V.float(), params, prompt, output)
+    if params.temperature == 0:
+        return values.argmax().view(1), torch.ones(1, dtype=torch.float64, device=values.device)
+    ids: Tensor | None = None
+    if params.top_k and params.top_k < values.numel():
+        ids = _first_largest(values, params.top_k, torch.topk(values, params.top_k).values[-1])
+        values = values[ids]
+    if params.top_p < 1:
+        kept = _nucleus(values, params.temperature, params.top_p)
+        ids, values = kept if ids is None else ids[kept], values[kept]
+    if params.min_p > 0:
+        kept = (values >= values.max() + params.temperature * math.log(params.min_p)).nonzero()[:, 0]
+        ids, values = kept if ids is None else ids[kept], values[kept]
+    return ids, torch.softmax(values.double() / params.temperature, dim=-1)
+
+
 def distribution(
     logits_V: Tensor, params: SamplingParams, prompt: Sequence[int], output: Sequence[int]
 ) -> Tensor:
     """The probabilities [V] (float64, sum 1) the next token is drawn from; one-hot where greedy."""
-    logits_V = penalise(logits_V.float(), params, prompt, output)
-    if params.temperature == 0:
-        one_hot = torch.zeros_like(logits_V, dtype=torch.float64)
-        one_hot[logits_V.argmax()] = 1.0
-        return one_hot
-    probs_V = torch.softmax(logits_V.double() / params.temperature, dim=-1)
-    if params.top_k and params.top_k < probs_V.numel():
-        keep = torch.topk(probs_V, params.top_k).indices
-        probs_V = torch.zeros_like(probs_V).index_copy(0, keep, probs_V[keep])
-        probs_V = probs_V / probs_V.sum()
-    if params.top_p < 1:
-        ordered, order = torch.sort(probs_V, descending=True, stable=True)
-        before = ordered.cumsum(0) - ordered
-        probs_V = probs_V.index_fill(0, order[before >= params.top_p], 0.0)
-        probs_V = probs_V / probs_V.sum()
-    if params.min_p > 0:
-        probs_V = torch.where(probs_V >= params.min_p * probs_V.max(), probs_V, 0.0)
-        probs_V = probs_V / probs_V.sum()
-    return probs_V
+    ids, probs = _candidates(logits_V, params, prompt, output)
+    if ids is None:
+        return probs
+    zeros_V = torch.zeros(logits_V.numel(), dtype=torch.float64, device=logits_V.device)
+    return zeros_V.index_copy_(0, ids, probs)
 
 
 def draw(probs_V: Tensor, number: float) -> int:
-    """The token at which the cumulative probability passes `number` in [0, 1)."""
+    """The index at which the cumulative probability passes `number` in [0, 1)."""
     cumulative = probs_V.cumsum(0)
     token = int(torch.searchsorted(cumulative, number * float(cumulative[-1]), right=True))
     if token < probs_V.numel() and probs_V[token] > 0:
@@ -111,8 +142,9 @@ def sample(
         return _largest(logits_V)
     if params.temperature == 0:
         return int(penalise(logits_V.float(), params, prompt, output).argmax())
-    probs_V = distribution(logits_V, params, prompt, output)
-    return draw(probs_V, uniform(params.seed, position, Purpose.TARGET))
+    ids, probs = _candidates(logits_V, params, prompt, output)
+    drawn = draw(probs, uniform(params.seed, position, Purpose.TARGET))
+    return drawn if ids is None else int(ids[drawn])
 
 
 @dataclass(frozen=True)

@@ -122,3 +122,31 @@ def test_logprobs() -> None:
     wanted = torch.log_softmax(logits, 0)
     assert found.logprob == pytest.approx(float(wanted[5]))
     assert [token for token, _ in found.top] == wanted.argsort(descending=True)[:3].tolist()
+
+
+def test_ties_and_large_nuclei_need_no_whole_sort() -> None:
+    """Of equal values the first are kept; a flat distribution's nucleus is larger than the head that is sorted."""
+    tied = torch.zeros(5000)
+    for settings, kept in (({"top_k": 7}, 7), ({"top_p": 0.49995}, 2500), ({"top_k": 10, "top_p": 0.45}, 5)):
+        probs = distribution(tied, SamplingParams(temperature=1.0, **settings), (), ())
+        assert torch.equal(probs.nonzero()[:, 0], torch.arange(kept)), settings
+    logits = torch.randn(5000, generator=torch.Generator().manual_seed(3))
+    found = distribution(logits, SamplingParams(temperature=1.0, top_p=0.95), (), ())
+    ordered, order = torch.softmax(logits.double(), 0).sort(descending=True)
+    keep = order[ordered.cumsum(0) - ordered < 0.95]
+    assert set(found.nonzero()[:, 0].tolist()) == set(keep.tolist()) and keep.numel() > 512
+
+
+def test_what_is_sampled_follows_distribution() -> None:
+    for settings in (
+        {},
+        {"top_k": 5},
+        {"top_p": 0.7},
+        {"min_p": 0.1},
+        {"top_k": 9, "top_p": 0.8, "min_p": 0.05},
+    ):
+        params = SamplingParams(temperature=1.3, seed=11, **settings)
+        probs = distribution(random_logits(4), params, (), ())
+        for position in range(50):
+            token = sample(random_logits(4), params, (), (), position)
+            assert token == draw(probs, uniform(11, position, Purpose.TARGET)), settings
