@@ -19,6 +19,7 @@ KERNELS = ("auto", "reference")
 DRAFT_RANKS = ("auto", "all", "one")
 MOST_DRAFT_TOKENS = 15  # with the token before them 16, which the kernels for few rows take at once
 CACHE_DTYPES = ("auto", "bf16")
+COLLECTIVES = ("auto", "shm", "c10d")
 
 
 def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:

@@ -51,9 +51,11 @@ VARIABLES: tuple[Variable, ...] = (
     Variable("LD_PRELOAD", "str", None, "allocator and OpenMP libraries of the placement", "launcher"),
     Variable("CUDA_VISIBLE_DEVICES", "str", None, "GPUs ranks may use, by number in PCI order"),
     Variable("TP_STORE_FILE", "path", None, "rendezvous store of a job on one host", "launcher"),
-    Variable("TP_COLLECTIVES", "str", None, "transport among ranks of one host: shm (default) or c10d"),
+    Variable("TP_COLLECTIVES", "str", "auto", "how CPU ranks communicate: shm (or an error), c10d, or auto"),
     Variable("TP_COLLECTIVE_TIMEOUT", "float", None, "seconds a collective may wait for a peer"),
 )
+# What the collectives of one rank take of /dev/shm (collectives/shm.py); tp-launch asks before ranks start.
+SHM_BYTES_PER_RANK = (2 << 20) + 4096
 _BY_NAME = {variable.name: variable for variable in VARIABLES}
 
 

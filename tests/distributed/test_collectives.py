@@ -20,8 +20,8 @@ import torch
 import torch.distributed as dist
 from tp_testing.ranks import run_ranks
 
-from tp_runtime import collectives
-from tp_runtime.collectives import shm
+from tp_runtime import collectives, env
+from tp_runtime.collectives import ops, shm
 from tp_runtime.errors import CollectiveError, ConfigError
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int32, torch.int64)
@@ -135,9 +135,8 @@ def test_inside_one_compiled_graph() -> None:
 
 
 def through_c10d() -> tuple[str, int]:
-    os.environ["TP_COLLECTIVES"] = "c10d"
     group = dist.group.WORLD
-    transport = collectives.attach(group)
+    transport = collectives.attach(group, transport="c10d")
     y = collectives.all_reduce(torch.tensor([group.rank() + 1.0]), group)
     return transport, int(y) + int(collectives.broadcast_(torch.tensor([group.rank()]), group, 1))
 
@@ -165,8 +164,35 @@ def test_a_full_dev_shm_on_one_rank_sends_all_to_c10d() -> None:
 
 def test_an_unknown_transport_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TP_COLLECTIVES", "pigeons")
-    with pytest.raises(ConfigError, match="use shm or c10d"):
-        shm.wanted()
+    with pytest.raises(
+        ConfigError, match=r"TP_COLLECTIVES='pigeons' is not known; use one of: auto, shm, c10d"
+    ):
+        ops._chosen("auto")
+
+
+def test_the_argument_wins_over_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TP_COLLECTIVES", "c10d")
+    assert [ops._chosen(name) for name in ("auto", "shm", "c10d")] == ["c10d", "shm", "c10d"]
+
+
+def no_room() -> str:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    shm.os.posix_fallocate = refuse
+    with pytest.raises(ConfigError) as caught:
+        collectives.attach(dist.group.WORLD, 60.0, transport="shm")
+    return str(caught.value)
+
+
+def test_shared_memory_that_was_asked_for_and_is_not_there_is_an_error() -> None:
+    for message in run_ranks(2, no_room):
+        assert "rank 0: /dev/shm is full" in message and "--collectives auto" in message, message
+
+
+def test_the_launcher_asks_for_what_a_rank_takes() -> None:
+    shm._load()
+    assert torch.ops.tp_shm.file_bytes(shm.SLOT_BYTES) == env.SHM_BYTES_PER_RANK
 
 
 def one_hangs() -> tuple[str, float]:

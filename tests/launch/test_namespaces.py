@@ -93,7 +93,7 @@ def test_ranks_make_the_planned_calls(
 
 
 def test_two_hosts_with_one_loopback_form_one_job(tmp_path: Path) -> None:
-    """Two host names, two /dev/shm, one network: four ranks meet, and memory is shared within a host only."""
+    """Two host names, two /dev/shm, one network: four ranks meet, and memory is shared inside each host."""
     launches = []
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -109,7 +109,7 @@ def test_two_hosts_with_one_loopback_form_one_job(tmp_path: Path) -> None:
     assert [outcome.code for outcome in outcomes] == [0, 0], outcomes
     facts = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(4)]
     assert [found["sum"] for found in facts] == [4] * 4
-    assert [found["whole_job"] for found in facts] == ["c10d"] * 4
+    assert [(found["whole_job"], found["sum_over_all"]) for found in facts] == [("shm+c10d", 4)] * 4
     assert [(found["this_host"], found["sum_here"]) for found in facts] == [("shm", 2)] * 4
     assert len({found["environ"]["TP_JOB_ID"] for found in facts}) == 1
     assert [found["environ"]["LOCAL_RANK"] for found in facts] == ["0", "1", "0", "1"]

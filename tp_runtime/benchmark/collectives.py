@@ -43,8 +43,8 @@ def measure(sizes: Sequence[int], group: dist.ProcessGroup) -> list[dict[str, An
     ranks = dist.get_process_group_ranks(group)
     shared, plain = dist.new_group(ranks), dist.new_group(ranks)
     backend = collectives.attach(shared)
-    collectives.attach(plain, shared_memory=False)
-    groups = {backend: shared, "gloo": plain} if backend == "shm" else {"gloo": plain}
+    collectives.attach(plain, transport="c10d")
+    groups = {"gloo": plain} if backend == "c10d" else {backend: shared, "gloo": plain}
     rows = []
     for dtype in (torch.bfloat16, torch.float32):
         for num_bytes in sizes:
@@ -112,6 +112,6 @@ def line(row: dict[str, Any]) -> str:
     """One result for people."""
     where = "compiled" if row["in_compiled"] else "eager"
     return (
-        f"{row['op']:<10} {row['backend']:<5} {row['dtype']:<8} {row['bytes']:>8} B {where:<8} "
+        f"{row['op']:<10} {row['backend']:<8} {row['dtype']:<8} {row['bytes']:>8} B {where:<8} "
         f"p50 {row['p50_us']:>9.2f} us  p99 {row['p99_us']:>9.2f} us"
     )

@@ -1,6 +1,7 @@
 """all_reduce, all_gather and broadcast over one process group, as ops torch.compile can trace.
 
-ops.py: the functions. shm.py: attaching ranks of one host to shared memory. src/: its C++.
+ops.py: the functions. shm.py: attaching ranks of one host to shared memory. hosts.py: groups over
+several hosts. src/: the C++.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""The collective ops, and which transport serves a group: shared memory (shm.py), or c10d (gloo, NCCL).
+"""The collective ops, and which transport serves a group: shared memory (shm.py), c10d (gloo, NCCL), or
+shared memory inside each host and c10d among hosts (hosts.py).
 
 An op takes the process group's name, as torch's functional collectives do, because a custom op cannot take
 a group object. A group's transport is settled when it is attached, which all its ranks do together: by an
@@ -10,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, cast
 
@@ -19,14 +21,31 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 
 from .. import env
+from ..config import COLLECTIVES
 from ..errors import CollectiveError, ConfigError
+from ..log import once
 from . import shm
+from .hosts import Hosts
 
 _REDUCTIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
 _DEFAULT_TIMEOUT_S = 600.0
-# Group name -> (the group, whether it is in shared memory). Names are reused when a process leaves a job
-# and joins another, hence the group itself.
-_attached: dict[str, tuple[weakref.ref[Any], bool]] = {}
+
+
+@dataclass(frozen=True)
+class _Attached:
+    """How a group communicates. Names are reused when a process leaves a job and joins another, hence the
+    group itself. in_shm: all of it in shared memory. hosts: set where it spans several hosts, two levels."""
+
+    group: weakref.ref[Any]
+    in_shm: bool = False
+    hosts: Hosts | None = None
+
+    @property
+    def transport(self) -> str:
+        return "shm" if self.in_shm else "c10d" if self.hosts is None else "shm+c10d"
+
+
+_attached: dict[str, _Attached] = {}
 
 
 def _group_named(name: str) -> dist.ProcessGroup:
@@ -35,6 +54,9 @@ def _group_named(name: str) -> dist.ProcessGroup:
 
 @torch.library.custom_op("tp_runtime::all_reduce", mutates_args=())
 def _all_reduce(x: Tensor, reduction: str, group: str) -> Tensor:
+    hosts = _hosts_of(x, group)
+    if hosts is not None and x.numel():
+        return hosts.all_reduce(x.contiguous(), reduction, _group_named(group))
     out = x.contiguous().clone()
     dist.all_reduce(out, op=_REDUCTIONS[reduction], group=_group_named(group))
     return out
@@ -47,6 +69,9 @@ def _(x: Tensor, reduction: str, group: str) -> Tensor:
 
 @torch.library.custom_op("tp_runtime::all_gather", mutates_args=())
 def _all_gather(x: Tensor, world_size: int, group: str) -> Tensor:
+    hosts = _hosts_of(x, group)
+    if hosts is not None and x.numel():
+        return hosts.all_gather(x.contiguous(), _group_named(group))
     out = x.new_empty((world_size, *x.shape))
     dist.all_gather(list(out.unbind(0)), x.contiguous(), group=_group_named(group))
     return out
@@ -57,26 +82,59 @@ def _(x: Tensor, world_size: int, group: str) -> Tensor:
     return x.new_empty((world_size, *x.shape))
 
 
-def attach(group: dist.ProcessGroup, timeout_s: float | None = None, *, shared_memory: bool = True) -> str:
-    """Settle how `group` communicates, and return it: "shm" or "c10d". All its ranks call it together.
+def attach(
+    group: dist.ProcessGroup, timeout_s: float | None = None, *, transport: str = "auto", host: str = ""
+) -> str:
+    """Settle how `group` communicates, and return it. All its ranks call it together.
 
-    timeout_s: how long a collective may wait for a peer (default: TP_COLLECTIVE_TIMEOUT, else 600).
-    Shared memory serves CPU groups whose ranks can open each other's files, unless it is not wanted here
-    or TP_COLLECTIVES=c10d.
+    Returns "shm", "shm+c10d" (shared memory inside each host, c10d among hosts) or "c10d". timeout_s: how
+    long a collective may wait for a peer (default: TP_COLLECTIVE_TIMEOUT, else 600). transport: "auto"
+    (what TP_COLLECTIVES says; else shared memory among CPU ranks that can open each other's files), "shm"
+    (or ConfigError), or "c10d". host: ranks that give different names count as on different hosts.
     """
     if timeout_s is None:
         timeout_s = _timeout_from_env()
-    possible = shared_memory and group.size() > 1 and shm.wanted() and _has_cpu_backend(group)
-    in_shm = possible and shm.attach(group, timeout_s)
-    _attached[group.group_name] = (weakref.ref(group), in_shm)
-    return "shm" if in_shm else "c10d"
+    wanted = _chosen(transport)
+    by_host: shm.RanksByHost = ()
+    if wanted != "c10d" and group.size() > 1:
+        trouble = "the group has no CPU ranks"
+        if _has_cpu_backend(group):
+            by_host, trouble = shm.attach(group, timeout_s, host)
+            if trouble and wanted == "auto":
+                once(f"collectives go through c10d, not shared memory ({trouble})")
+        if trouble and wanted == "shm":
+            raise ConfigError(
+                f"shared memory was asked for and is not to be had: {trouble}; mend that, or use "
+                "--collectives auto (TP_COLLECTIVES=auto) to go through c10d"
+            )
+    hosts = None
+    if len(by_host) > 1:
+        hosts = Hosts(by_host, group.rank(), shm.local_name(group, by_host), timeout_s)
+    found = _Attached(weakref.ref(group), len(by_host) == 1, hosts)
+    _attached[group.group_name] = found
+    return found.transport
+
+
+def _chosen(transport: str) -> str:
+    """`transport`, or what TP_COLLECTIVES says in place of "auto". Raises ConfigError for unknown ones."""
+    source, choice = "transport", transport
+    if transport == "auto":
+        source, choice = "TP_COLLECTIVES", env.get("TP_COLLECTIVES") or "auto"
+    if choice not in COLLECTIVES:
+        raise ConfigError(f"{source}={choice!r} is not known; use one of: {', '.join(COLLECTIVES)}")
+    return choice
 
 
 def set_timeout(group: dist.ProcessGroup, timeout_s: float) -> None:
     """From now on a collective of `group` may wait that long for a peer."""
-    if _in_shm(group.group_name):
+    if group.size() == 1:
+        return
+    found = _find(group.group_name)
+    if found.in_shm:
         torch.ops.tp_shm.set_timeout(group.group_name, timeout_s)
-    elif group.size() > 1:
+    elif found.hosts is not None:
+        found.hosts.set_timeout(timeout_s)
+    else:
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
 
 
@@ -109,16 +167,25 @@ def _has_cpu_backend(group: dist.ProcessGroup) -> bool:
     return any(device.type == "cpu" for device in group._device_types)
 
 
+def _find(group_name: str) -> _Attached:
+    """How the group communicates; attached now if it was not."""
+    group = _group_named(group_name)
+    known = _attached.get(group_name)
+    if known is None or known.group() is not group:
+        attach(group)
+        known = _attached[group_name]
+    return known
+
+
 # Inside a traced function the answer is a constant; a group is attached before it is traced, or then. By
 # name, because tracing shows a stand-in for the group.
 @torch.compiler.assume_constant_result
 def _in_shm(group_name: str) -> bool:
-    group = _group_named(group_name)
-    known = _attached.get(group_name)
-    if known is None or known[0]() is not group:
-        attach(group)
-        known = _attached[group_name]
-    return known[1]
+    return _find(group_name).in_shm
+
+
+def _hosts_of(x: Tensor, group_name: str) -> Hosts | None:
+    return _find(group_name).hosts if x.device.type == "cpu" else None
 
 
 def all_reduce(x: Tensor, group: dist.ProcessGroup, reduction: str = "sum") -> Tensor:
@@ -179,8 +246,11 @@ def broadcast_(x: Tensor, group: dist.ProcessGroup, source: int = 0) -> Tensor:
     if group.size() == 1:
         return x
     with collective_errors():
+        hosts = _hosts_of(x, group.group_name)
         if x.device.type == "cpu" and _in_shm(group.group_name):
             torch.ops.tp_shm.broadcast_(x, source, group.group_name)
+        elif hosts is not None and x.numel():
+            hosts.broadcast_(x, source, group)
         else:
             dist.broadcast(x, src=dist.get_global_rank(group, source), group=group)
     return x

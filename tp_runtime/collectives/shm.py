@@ -2,10 +2,11 @@
 
 The ranks agree over the process group itself (c10d). Each creates its own file under a name nobody can
 guess, sized and paid for at once (so that a full /dev/shm is an answer, not a crash later); all map all of
-them; then each removes its own name. Whether ranks share a host is decided by whether they can open each
-other's files. From then on nothing but mapped memory is left, which ends with the processes.
+those of their host; then each removes its own name. Whether ranks share a host is decided by whether they
+can open each other's files. From then on nothing but mapped memory is left, which ends with the processes.
 
-Where one rank cannot, all use c10d, and the reason is said once.
+Where a rank has no file (a full /dev/shm, no compiler), or no two ranks share a host, all use c10d, and the
+reason is said once.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import errno
 import os
 import secrets
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -22,8 +23,7 @@ import torch
 import torch.distributed as dist
 
 from .. import env, native
-from ..errors import ConfigError, KernelBuildError
-from ..log import once
+from ..errors import KernelBuildError
 from . import fakes
 
 SLOT_BYTES = 1 << 20
@@ -31,25 +31,29 @@ _ROOT = Path("/dev/shm")
 _PREFIX = "tp_runtime"
 _RECORD_BYTES = 512
 _STALE_S = 600.0
+RanksByHost = tuple[tuple[int, ...], ...]  # the group's ranks by host, each ascending
 _SOURCES = ("ops.cpp", "group.cpp", "reduce.cpp")
 
 
 @dataclass(frozen=True)
 class _Record:
-    """What a rank tells the others: its pid and file, or why it cannot take part."""
+    """What a rank tells the others: its pid, host and file, or why it cannot take part."""
 
     pid: int
     path: str
     trouble: str = ""
+    host: str = ""
 
     def pack(self) -> torch.Tensor:
-        text = f"{self.pid}\n{self.path}\n{self.trouble}".encode()[:_RECORD_BYTES]
+        text = f"{self.pid}\n{self.path}\n{self.host}\n{self.trouble}".encode()[:_RECORD_BYTES]
         return torch.frombuffer(bytearray(text.ljust(_RECORD_BYTES, b"\0")), dtype=torch.uint8)
 
     @classmethod
     def unpack(cls, packed: torch.Tensor) -> _Record:
-        pid, path, trouble = bytes(packed.tolist()).rstrip(b"\0").decode(errors="replace").split("\n", 2)
-        return cls(int(pid), path, trouble)
+        pid, path, host, trouble = (
+            bytes(packed.tolist()).rstrip(b"\0").decode(errors="replace").split("\n", 3)
+        )
+        return cls(int(pid), path, trouble, host)
 
 
 @cache
@@ -60,32 +64,58 @@ def _load() -> None:
     fakes.register()
 
 
-def wanted() -> bool:
-    """False where TP_COLLECTIVES=c10d. Raises ConfigError for an unknown value."""
-    choice = env.get("TP_COLLECTIVES")
-    if choice not in (None, "shm", "c10d"):
-        raise ConfigError(f"TP_COLLECTIVES={choice!r} is not known; use shm or c10d")
-    return choice != "c10d"
+def local_name(group: dist.ProcessGroup, hosts: RanksByHost) -> str:
+    """What the group of this rank's host is called: as `group` where that is all of it."""
+    return group.group_name if len(hosts) == 1 else f"{group.group_name}/host"
 
 
-def attach(group: dist.ProcessGroup, timeout_s: float) -> bool:
-    """Connect `group` to shared memory; False where its ranks will use c10d. All ranks call it together.
+def attach(group: dist.ProcessGroup, timeout_s: float, host: str = "") -> tuple[RanksByHost, str]:
+    """Connect the ranks of each host of `group` through shared memory. All ranks call it together.
 
-    timeout_s: how long an operation may wait for a peer.
+    Returns the ranks by host; none, and why, where all will use c10d. timeout_s: how long an operation may
+    wait for a peer. host: ranks that give different names never share memory (tests split one host).
     """
-    own = _create()
+    own = replace(_create(), host=host)
     try:
         records = _exchange(own, group)
-        troubles = [f"rank {rank}: {record.trouble}" for rank, record in enumerate(records) if record.trouble]
-        if not troubles:
-            troubles = _map(records, group, timeout_s)
-        if troubles:
-            once(f"collectives go through c10d, not shared memory ({troubles[0]})")
-            return False
-        return True
+        trouble = _first(records)
+        if trouble:
+            return (), trouble
+        hosts, trouble = _by_host(_all_visible(records, group))
+        if not trouble:
+            trouble = _map(records, hosts, group, timeout_s)
+        return ((), trouble) if trouble else (hosts, "")
     finally:
         if own.path:
             os.unlink(own.path)
+
+
+def _first(records: list[_Record]) -> str:
+    troubles = [f"rank {rank}: {record.trouble}" for rank, record in enumerate(records) if record.trouble]
+    return troubles[0] if troubles else ""
+
+
+def _all_visible(records: list[_Record], group: dist.ProcessGroup) -> list[list[bool]]:
+    """For every rank, whose files it can open."""
+    host = records[group.rank()].host
+    mine = [record.host == host and os.access(record.path, os.R_OK | os.W_OK) for record in records]
+    rows = [torch.empty(group.size(), dtype=torch.uint8) for _ in records]
+    dist.all_gather(rows, torch.tensor(mine, dtype=torch.uint8), group=group)
+    return [[bool(sees) for sees in row.tolist()] for row in rows]
+
+
+def _by_host(visible: list[list[bool]]) -> tuple[RanksByHost, str]:
+    """Ranks that can open each other's files, by host; or why they form no hosts."""
+    ranks = range(len(visible))
+    mutual = [tuple(s for s in ranks if visible[r][s] and visible[s][r]) for r in ranks]
+    for r in ranks:
+        for s in mutual[r]:
+            if mutual[s] != mutual[r]:
+                return (), f"ranks {r} and {s} see each other's files in {_ROOT}, and not the same others"
+    hosts = tuple(mutual[r] for r in ranks if mutual[r] and mutual[r][0] == r)
+    if len(hosts) == len(visible):
+        return (), f"no two of the {len(visible)} ranks share a {_ROOT}"
+    return hosts, ""
 
 
 def _create() -> _Record:
@@ -103,7 +133,7 @@ def _create() -> _Record:
         return _Record(os.getpid(), "", f"{path.parent} cannot be written: {error.strerror}")
     size = torch.ops.tp_shm.file_bytes(SLOT_BYTES)
     try:
-        # Reserves the memory, on this rank's node: it is the one that writes there.
+        # Reserves the memory, on this rank's node. Who writes there, group.cpp says.
         os.posix_fallocate(file, 0, size)
     except OSError as error:
         os.unlink(path)
@@ -133,16 +163,23 @@ def _exchange(own: _Record, group: dist.ProcessGroup) -> list[_Record]:
     return [_Record.unpack(tensor) for tensor in packed]
 
 
-def _map(records: list[_Record], group: dist.ProcessGroup, timeout_s: float) -> list[str]:
-    """Map every rank's file; why some rank could not (empty: all could)."""
-    trouble, name = "", group.group_name
+def _map(records: list[_Record], hosts: RanksByHost, group: dist.ProcessGroup, timeout_s: float) -> str:
+    """Map the files of this rank's host; why some rank could not (empty: all could)."""
+    ranks = next(ranks for ranks in hosts if group.rank() in ranks)
+    trouble, name = "", local_name(group, hosts)
     try:
-        paths, pids = [record.path for record in records], [record.pid for record in records]
-        torch.ops.tp_shm.attach(name, group.rank(), paths, pids, timeout_s)
+        if len(ranks) > 1:
+            torch.ops.tp_shm.attach(
+                name,
+                ranks.index(group.rank()),
+                [records[r].path for r in ranks],
+                [records[r].pid for r in ranks],
+                [f"rank {r} of {group.size()}" for r in ranks],
+                timeout_s,
+            )
     except RuntimeError as error:
         trouble = str(error).splitlines()[0]
-    answers = _exchange(_Record(os.getpid(), "", trouble), group)
-    troubles = [f"rank {rank}: {answer.trouble}" for rank, answer in enumerate(answers) if answer.trouble]
-    if troubles and not trouble:
+    failed = _first(_exchange(_Record(os.getpid(), "", trouble), group))
+    if failed and not trouble:
         torch.ops.tp_shm.detach(name)
-    return troubles
+    return failed

@@ -35,6 +35,7 @@ if "all-reduce" in sys.argv:
     facts |= {
         "sum": int(total),
         "whole_job": collectives.attach(dist.group.WORLD),
+        "sum_over_all": int(collectives.all_reduce(torch.ones(1), dist.group.WORLD)),
         "this_host": collectives.attach(halves[host]) if halves else None,
         "sum_here": int(collectives.all_reduce(torch.ones(1), halves[host])) if halves else None,
         "threads": torch.get_num_threads(),

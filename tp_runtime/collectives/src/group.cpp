@@ -82,7 +82,8 @@ size_t rounded(size_t bytes) { return (bytes + 63) / 64 * 64; }
 
 size_t Group::file_bytes(size_t slot_bytes) { return kPageBytes + 2 * slot_bytes; }
 
-Group::Group(int rank, const std::vector<std::string>& paths, const std::vector<int64_t>& pids, double timeout_s)
+Group::Group(int rank, const std::vector<std::string>& paths, const std::vector<int64_t>& pids,
+             const std::vector<std::string>& names, double timeout_s)
     : rank_(rank), peers_(paths.size()), sources_(paths.size()), two_shot_bytes_(kTwoShotBytes), timeout_s_(timeout_s) {
   for (size_t r = 0; r < paths.size(); ++r) {
     Peer& peer = peers_[r];
@@ -101,6 +102,7 @@ Group::Group(int rank, const std::vector<std::string>& paths, const std::vector<
     slot_bytes_ = r == 0 || slot_bytes < slot_bytes_ ? slot_bytes : slot_bytes_;
     peer.pid = pids[r];
     if (static_cast<int>(r) != rank_) peer.process = open_process(pids[r]);
+    peer.name = names[r];
   }
 }
 
@@ -121,13 +123,22 @@ uint64_t Group::begin(const char* operation) {
 
 void Group::arrive(uint64_t number) { peers_[rank_].page->arrived.store(number, std::memory_order_release); }
 
-void Group::fail(const std::string& what) {
-  failure_ = what;
+void Group::give_up(const std::string& reason) {
+  const std::lock_guard<std::mutex> guard(mutex_);
+  end(reason);
+}
+
+void Group::end(const std::string& reason) {
+  failure_ = reason;
   peers_[rank_].page->gave_up.store(1, std::memory_order_release);
   throw CollectiveFailure{what};
 }
 
 template <typename Reached>
+}
+
+void Group::fail(const std::string& what) {
+  end(what);
 void Group::await(int peer, const Reached& reached) {
   for (int i = 0; i < kSpins; ++i) {
     if (reached()) return;
@@ -147,13 +158,12 @@ void Group::await(int peer, const Reached& reached) {
 
 // Why waiting for `peer` is in vain; empty where it may yet come.
 std::string Group::trouble_with(int peer, double waited_s) const {
-  const std::string of = " of " + std::to_string(size());
   for (int r = 0; r < size(); ++r) {
     if (r != rank_ && peers_[r].page->gave_up.load(std::memory_order_acquire) != 0) {
-      return "rank " + std::to_string(r) + of + " gave up, so that " + operation_ + " cannot end";
+      return peers_[r].name + " gave up, so that " + operation_ + " cannot end";
     }
   }
-  const std::string who = "rank " + std::to_string(peer) + of + " (pid " + std::to_string(peers_[peer].pid) + ")";
+  const std::string who = peers_[peer].name + " (pid " + std::to_string(peers_[peer].pid) + ")";
   if (has_ended(peers_[peer].process)) return who + " ended before it joined " + operation_;
   if (waited_s <= timeout_s_) return "";
   char limit[32];

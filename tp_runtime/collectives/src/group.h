@@ -29,12 +29,14 @@ struct Peer {
   int process = -1;  // a pidfd; -1 where the host has none
   int64_t pid = 0;
 };
+  std::string name;  // "rank 3 of 4", for messages
 
 class Group {
  public:
-  // paths, pids: of all ranks in order; paths[rank] is this rank's own. Throws std::runtime_error where a
-  // file cannot be mapped.
-  Group(int rank, const std::vector<std::string>& paths, const std::vector<int64_t>& pids, double timeout_s);
+  // paths, pids, names: of all ranks in order; paths[rank] is this rank's own. Throws std::runtime_error where
+  // a file cannot be mapped.
+  Group(int rank, const std::vector<std::string>& paths, const std::vector<int64_t>& pids,
+        const std::vector<std::string>& names, double timeout_s);
   ~Group();
   Group(const Group&) = delete;
   Group& operator=(const Group&) = delete;
@@ -47,6 +49,8 @@ class Group {
   void set_two_shot_bytes(size_t bytes) { two_shot_bytes_ = bytes; }
   int size() const { return static_cast<int>(peers_.size()); }
 
+  // Tells the peers that nothing more will come from here; every later operation fails with `reason`.
+  void give_up(const std::string& reason);
   // All throw CollectiveFailure. x and out may be the same.
   void all_reduce(Element element, Reduction reduction, const void* x, void* out, size_t count);
   void all_gather(const void* x, void* out, size_t bytes);  // out: size() times `bytes`
@@ -65,6 +69,7 @@ class Group {
   void await(int peer, const Reached& reached);
   std::string trouble_with(int peer, double waited_s) const;
   [[noreturn]] void fail(const std::string& what);
+  void end(const std::string& reason);
 
   std::mutex mutex_;
   int rank_;

@@ -88,10 +88,10 @@ void broadcast_(Tensor& x, int64_t source, std::string_view group) {
 }
 
 void attach(std::string_view group, int64_t rank, const std::vector<std::string>& paths,
-            const std::vector<int64_t>& pids, double timeout_s) {
+            const std::vector<int64_t>& pids, const std::vector<std::string>& names, double timeout_s) {
   std::shared_ptr<Group> made;
   try {
-    made = std::make_shared<Group>(static_cast<int>(rank), paths, pids, timeout_s);
+    made = std::make_shared<Group>(static_cast<int>(rank), paths, pids, names, timeout_s);
   } catch (const std::runtime_error& error) {
     TORCH_CHECK(false, error.what());
   }
@@ -103,6 +103,8 @@ void detach(std::string_view group) {
   const std::lock_guard<std::mutex> guard(registry_mutex);
   registry().erase(std::string(group));
 }
+
+void give_up(std::string_view group, std::string_view reason) { find(std::string(group))->give_up(std::string(reason)); }
 
 void set_timeout(std::string_view group, double timeout_s) { find(std::string(group))->set_timeout(timeout_s); }
 
@@ -120,8 +122,9 @@ TORCH_LIBRARY(tp_shm, m) {
   m.def("all_reduce(Tensor x, str reduction, str group) -> Tensor", {at::Tag::pt2_compliant_tag});
   m.def("all_gather(Tensor x, int world_size, str group) -> Tensor", {at::Tag::pt2_compliant_tag});
   m.def("broadcast_(Tensor(a!) x, int source, str group) -> ()", {at::Tag::pt2_compliant_tag});
-  m.def("attach(str group, int rank, str[] paths, int[] pids, float timeout_s) -> ()", &attach);
+  m.def("attach(str group, int rank, str[] paths, int[] pids, str[] names, float timeout_s) -> ()", &attach);
   m.def("detach(str group) -> ()", &detach);
+  m.def("give_up(str group, str reason) -> ()", &give_up);
   m.def("set_timeout(str group, float timeout_s) -> ()", &set_timeout);
   m.def("set_two_shot_bytes(str group, int bytes) -> ()", &set_two_shot_bytes);
   m.def("file_bytes(int slot_bytes) -> int", &file_bytes);
