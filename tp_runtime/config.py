@@ -48,11 +48,13 @@ class EngineConfig:
     max_batch rows of `context`, less where memory is short). prefill_chunk: most tokens of one step.
     threads: lowers a rank's share of threads, never raises it. collective_timeout_s: how long a rank may
     keep the others waiting once tokens flow (None: what tp-launch --collective-timeout said, else 60);
-    load_timeout_s: while weights are read and code is compiled. draft: what proposes tokens (None: no
-    speculation): lookup, self:FORMAT, skip:N or a model; draft_quant: format of a draft that is another
-    model (None: as quant); draft_tokens: most it proposes for a row (None: 15 for lookup, 7 for others);
-    draft_adaptive: fewer where they do not pay; draft_ranks: "all" split it, "one" holds it whole, "auto"
-    measures; speculate_exact: rows decode through the code that verifies.
+    load_timeout_s: while weights are read and code is compiled. collectives: "shm" (shared memory, or an
+    error), "c10d", or "auto": what TP_COLLECTIVES says, else shared memory where there is some. draft:
+    what proposes tokens (None: no speculation): lookup, self:FORMAT, skip:N or a model; draft_quant:
+    format of a draft that is another model (None: as quant); draft_tokens: most it proposes for a row
+    (None: 15 for lookup, 7 for others); draft_adaptive: fewer where they do not pay; draft_ranks: "all"
+    split it, "one" holds it whole, "auto" measures; speculate_exact: rows decode through the code that
+    verifies.
     """
 
     model: str | None = None
@@ -74,6 +76,7 @@ class EngineConfig:
     prefill_chunk: int = 512
     threads: int | None = None
     collective_timeout_s: float | None = None
+    collectives: str = "auto"
     load_timeout_s: float = 600.0
     draft: str | None = None
     draft_quant: str | None = None
@@ -88,6 +91,7 @@ class EngineConfig:
         _one_of("device", self.device, DEVICES)
         _one_of("kernels", self.kernels, KERNELS)
         _one_of("cache_dtype", self.cache_dtype, CACHE_DTYPES)
+        _one_of("collectives", self.collectives, COLLECTIVES)
         weight_format(self.quant)
         if self.head_quant is not None:
             weight_format(self.head_quant)

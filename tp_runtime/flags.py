@@ -14,7 +14,16 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .config import CACHE_DTYPES, DEVICES, DRAFT_RANKS, DTYPES, KERNELS, EngineConfig, SamplingParams
+from .config import (
+    CACHE_DTYPES,
+    COLLECTIVES,
+    DEVICES,
+    DRAFT_RANKS,
+    DTYPES,
+    KERNELS,
+    EngineConfig,
+    SamplingParams,
+)
 from .errors import ConfigError
 from .layout import ALIASES, FORMATS
 
@@ -86,6 +95,9 @@ def add_engine_flags(parser: argparse.ArgumentParser, *, several_quants: bool = 
     )
     run.add_argument(
         "--collective-timeout", type=float, metavar="S", help="a rank that hangs longer ends the job"
+    )
+    run.add_argument(
+        "--collectives", choices=COLLECTIVES, help="how CPU ranks sum: shared memory or c10d (default: auto)"
     )
     run.add_argument("--load-timeout", type=float, metavar="S", help="the same while loading and compiling")
     _add_draft_flags(parser)

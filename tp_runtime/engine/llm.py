@@ -65,7 +65,8 @@ class LLM:
         )
         device = usable_device(self.config)
         self.mesh = meshes.init_mesh(device=device, timeout_s=self.config.load_timeout_s)
-        attach(meshes.tp_group(self.mesh), self.config.load_timeout_s)
+        group = meshes.tp_group(self.mesh)
+        attach(group, self.config.load_timeout_s, transport=self.config.collectives)
         self.rank, self.world_size = meshes.tp_rank(self.mesh), meshes.tp_size(self.mesh)
         self.read_ceiling_gb_s = job_read_ceiling_gb_s(self.mesh, device) if measure_ceiling else None
         self.built = build_runner(self.source, self.config, self.mesh, device)

@@ -29,7 +29,7 @@ def test_every_setting_has_a_flag() -> None:
     words += " --head-quant none"
     words += " --cache-dtype bf16 --device cpu --kernels reference --no-compile --context 64 --max-batch 2"
     words += " --no-native-step --draft smollm2-135m --draft-quant int8 --draft-tokens 3 --no-draft-adaptive"
-    words += " --draft-ranks one --speculate-exact"
+    words += " --draft-ranks one --speculate-exact --collectives c10d"
     words += " --cache-bytes 4096 --prefill-chunk 16 --threads 1 --collective-timeout 5 --load-timeout 7"
     words += (
         " --max-new-tokens 3 --temperature 0.5 --top-k 4 --top-p 0.9 --min-p 0.1 --repetition-penalty 1.1"
