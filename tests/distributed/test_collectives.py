@@ -98,6 +98,26 @@ def test_a_group_of_some_ranks() -> None:
     assert run_ranks(3, subgroups) == [[101.0, 111.0, 101.0], [111.0], [101.0, 111.0, 101.0]]
 
 
+def every_bf16() -> None:
+    """Every bf16 value, subnormal, infinite and not a number among them, on every rank."""
+    group = dist.group.WORLD
+    rank, world = group.rank(), group.size()
+    collectives.attach(group, 60.0)
+    generator = torch.Generator().manual_seed(7)
+    bits = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16)
+    inputs = [bits[torch.randperm(1 << 16, generator=generator)].view(torch.bfloat16) for _ in range(world)]
+    for count in (1 << 16, 8191, 37):  # both ways, and tails
+        y = collectives.all_reduce(inputs[rank][:count].clone(), group)
+        expected = _expected([x[:count] for x in inputs], "sum")
+        same = (y.view(torch.int16) == expected.view(torch.int16)) | (y.isnan() & expected.isnan())
+        assert bool(same.all()), (count, y[~same][:5], expected[~same][:5])
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])  # two loops of their own, and the general one between them
+def test_sums_of_every_bf16_value(world: int) -> None:
+    run_ranks(world, every_bf16)
+
+
 def shapes_and_strides() -> None:
     group = dist.group.WORLD
     collectives.attach(group, 60.0)
