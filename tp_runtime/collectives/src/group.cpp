@@ -15,6 +15,7 @@
 #include <cstring>
 #include <ctime>
 #include <stdexcept>
+#include <utility>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -101,9 +102,12 @@ Group::Group(int rank, const std::vector<std::string>& paths, const std::vector<
     const size_t slot_bytes = (peer.mapped_bytes - kPageBytes) / 2;
     slot_bytes_ = r == 0 || slot_bytes < slot_bytes_ ? slot_bytes : slot_bytes_;
     peer.pid = pids[r];
-    if (static_cast<int>(r) != rank_) peer.process = open_process(pids[r]);
     peer.name = names[r];
+    if (static_cast<int>(r) != rank_) peer.process = open_process(pids[r]);
   }
+  // A file lies on its rank's NUMA node. Of two ranks each writes into the other's file, where the only reader
+  // finds it on its own node. More ranks have several readers: docs/decisions/0004.
+  if (size() == 2) std::swap(peers_[0].slots, peers_[1].slots);
 }
 
 Group::~Group() {
@@ -131,14 +135,14 @@ void Group::give_up(const std::string& reason) {
 void Group::end(const std::string& reason) {
   failure_ = reason;
   peers_[rank_].page->gave_up.store(1, std::memory_order_release);
-  throw CollectiveFailure{what};
-}
-
-template <typename Reached>
 }
 
 void Group::fail(const std::string& what) {
   end(what);
+  throw CollectiveFailure{what};
+}
+
+template <typename Reached>
 void Group::await(int peer, const Reached& reached) {
   for (int i = 0; i < kSpins; ++i) {
     if (reached()) return;

@@ -1,6 +1,7 @@
 // Collectives among ranks of one host through memory that all of them map.
 //
-// Each rank owns one shared file: a page of counters that only it writes, and two slots for data. An
+// Each rank owns one shared file: a page of counters that only it writes, and two slots for data (which of two
+// ranks the other fills: the reader's copy lies on its node). An
 // operation is numbered; number s uses slot s % 2. A rank may write its slot for s once every peer has
 // arrived at s - 1, because a peer that arrived at s - 1 has read everything of s - 2. Reductions wait for
 // all peers anyway, so that this costs them nothing.
@@ -28,8 +29,8 @@ struct Peer {
   size_t mapped_bytes = 0;
   int process = -1;  // a pidfd; -1 where the host has none
   int64_t pid = 0;
-};
   std::string name;  // "rank 3 of 4", for messages
+};
 
 class Group {
  public:
@@ -48,9 +49,9 @@ class Group {
   // From this size on the ranks each reduce a part and share it, below it each reduces everything.
   void set_two_shot_bytes(size_t bytes) { two_shot_bytes_ = bytes; }
   int size() const { return static_cast<int>(peers_.size()); }
-
   // Tells the peers that nothing more will come from here; every later operation fails with `reason`.
   void give_up(const std::string& reason);
+
   // All throw CollectiveFailure. x and out may be the same.
   void all_reduce(Element element, Reduction reduction, const void* x, void* out, size_t count);
   void all_gather(const void* x, void* out, size_t bytes);  // out: size() times `bytes`
@@ -68,8 +69,8 @@ class Group {
   template <typename Reached>
   void await(int peer, const Reached& reached);
   std::string trouble_with(int peer, double waited_s) const;
-  [[noreturn]] void fail(const std::string& what);
   void end(const std::string& reason);
+  [[noreturn]] void fail(const std::string& what);
 
   std::mutex mutex_;
   int rank_;
