@@ -102,9 +102,10 @@ def _validate(arguments: argparse.Namespace) -> None:
 
 
 def _start(arguments: argparse.Namespace, script: scripts.Script) -> int:
-    from . import spawn
+    from . import shared_memory, spawn
     from .endpoint import Endpoint
 
+    shared_memory.check(arguments.nproc, arguments.args)
     _, plan = _plan(arguments)
     endpoint = None
     if arguments.nnodes > 1:

@@ -115,6 +115,39 @@ def test_two_hosts_with_one_loopback_form_one_job(tmp_path: Path) -> None:
     assert [found["environ"]["LOCAL_RANK"] for found in facts] == ["0", "1", "0", "1"]
 
 
+def in_dev_shm(size: str) -> list[str]:
+    """A wrapper with a /dev/shm of that size."""
+    return [*UNSHARE, "-m", "sh", "-c", f'mount -t tmpfs -o size={size} tmpfs /dev/shm && exec "$@"', "sh"]
+
+
+@pytest.mark.parametrize("words", [[], ["--collectives", "auto"]])
+def test_a_tiny_dev_shm_is_one_sentence_before_ranks_start(words: list[str], tmp_path: Path) -> None:
+    job = ["--nproc", "2", str(SCRIPTS / "placed.py"), str(tmp_path), *words]
+    outcome = Launch(job, tmp_path, in_dev_shm("1m")).wait(START_S)
+    assert (outcome.code, outcome.stdout) == (2, "")
+    assert outcome.sentences == [
+        "error: --nproc 2: ranks need 4104 KiB in /dev/shm to communicate, and 1024 KiB of its 1024 KiB are "
+        "free; enlarge it (docker run --shm-size, mount -o remount,size=), or set TP_COLLECTIVES=c10d"
+    ]
+    assert not (tmp_path / "0.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("size", "words", "variables"),
+    [
+        ("8m", [], {}),
+        ("1m", [], {"TP_COLLECTIVES": "c10d"}),
+        pytest.param("1m", ["--collectives=c10d"], {}, marks=pytest.mark.full),
+    ],
+)
+def test_ranks_start_where_it_is_large_enough_or_not_needed(
+    size: str, words: list[str], variables: dict[str, str], tmp_path: Path
+) -> None:
+    job = ["--nproc", "2", str(SCRIPTS / "placed.py"), str(tmp_path), *words]
+    assert Launch(job, tmp_path, in_dev_shm(size), **variables).wait(START_S).code == 0
+    assert (tmp_path / "1.json").exists()
+
+
 @pytest.mark.full
 def test_a_fault_on_one_host_ends_the_other(tmp_path: Path) -> None:
     with socket.socket() as probe:
