@@ -33,7 +33,7 @@ VARIABLES: tuple[Variable, ...] = (
     Variable("HF_HUB_CACHE", "path", None, "the Hugging Face cache; default $HF_HOME/hub"),
     Variable("HF_HOME", "path", "~/.cache/huggingface", "the folder of the Hugging Face libraries"),
     Variable("TP_LOG_LEVEL", "str", "info", "debug, info, warning or error"),
-    Variable("TP_CPU_ISA", "str", None, "instruction set of the CPU kernels: avx2, avx512 or amx"),
+    Variable("TP_CPU_ISA", "str", None, "CPU kernels: avx2, avx512 or amx; not sums over ranks"),
     Variable("TORCHINDUCTOR_CACHE_DIR", "path", None, "compiled graphs; default: below TP_CACHE_DIR"),
     Variable("GLOO_SOCKET_IFNAME", "str", None, "network interface of gloo; lo for a job on one host"),
     Variable("RANK", "int", "0", "rank in the job", "launcher"),
