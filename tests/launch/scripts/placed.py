@@ -30,7 +30,7 @@ if "all-reduce" in sys.argv:
     init_mesh()
     total = torch.ones(1)
     dist.all_reduce(total)
-    host = int(os.environ["RANK"]) // int(os.environ["LOCAL_WORLD_SIZE"])
+    host = int(os.environ["RANK"]) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     halves = [dist.new_group([0, 1]), dist.new_group([2, 3])] if dist.get_world_size() == 4 else []
     facts |= {
         "sum": int(total),
