@@ -1,15 +1,18 @@
 """Dividing cores among ranks: equal shares, each on the fewest and nearest NUMA nodes that hold it.
 
-A share of k cores needs m(k) nodes, the fewest whose cores number k. The largest k is sought for
-which all ranks find m(k) nodes with free cores; shares then grow by one core where their nodes have
-some left. Inside a node whole L3 domains go first. Exact search is exponential; nodes are taken
-greedily around each candidate, nearest first, which gives whole sockets before halves of two.
+A share of k cores needs m(k) nodes, the fewest whose cores number k, and s(k) sockets. The largest k is
+sought for which all ranks find m(k) nodes in s(k) sockets with free cores, where a rank over several
+sockets has these to itself; shares then grow by one core where their nodes have some left. Two ranks that
+each take a whole socket and a half of a third would both read half their weights through the link
+between sockets, which has a fraction of a socket's memory bandwidth: the third stays idle instead.
+Ranks are dealt to the socket, then the node, with most cores left a rank. Inside a node whole L3 domains
+go first. Exact search is exponential; nodes are taken greedily around each candidate, nearest first.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from .topology import Core, HostTopology
 
@@ -23,8 +26,8 @@ def split_cores(
 ) -> list[tuple[Core, ...]]:
     """Disjoint shares of `cores`, one a rank (len(cores) >= nproc), in rank order.
 
-    gpu_nodes: for ranks with a GPU the node it is on (None: unknown); such a rank's cores come from
-    that node or the nearest with cores.
+    gpu_nodes: for ranks with a GPU the node it is on (None: unknown, then the node with most cores left
+    a rank); such a rank's cores come from that node or the nearest with cores.
     """
     assert 1 <= nproc <= len(cores), (nproc, len(cores))
     by_node: dict[int, list[Core]] = defaultdict(list)
@@ -32,10 +35,10 @@ def split_cores(
         by_node[_NO_NODE if core.node is None else core.node].append(core)
     capacity = {node: len(by_node[node]) for node in sorted(by_node)}
     distance = _distances(topology, cores)
-    if gpu_nodes is not None and all(node is not None for node in gpu_nodes):
-        amounts = _beside_gpus(capacity, [node for node in gpu_nodes if node is not None], distance)
+    if gpu_nodes is not None and any(node is not None for node in gpu_nodes):
+        amounts = _beside_gpus(capacity, gpu_nodes, distance)
     else:
-        amounts = _spread(capacity, nproc, distance)
+        amounts = _spread(capacity, nproc, distance, _sockets(by_node))
         amounts.sort(key=lambda amount: _position(amount, by_node))
     return _take_cores(by_node, amounts)
 
@@ -74,58 +77,86 @@ def _position(amount: dict[int, int], by_node: dict[int, list[Core]]) -> tuple[i
     return first.package, first.cpus[0]
 
 
-def _spread(capacity: dict[int, int], nproc: int, distance: Distance) -> list[dict[int, int]]:
+def _sockets(by_node: dict[int, list[Core]]) -> dict[int, int]:
+    """The socket of each node, by the lowest number of its packages.
+
+    Packages that share a node (each core one, on some virtual machines) count as one socket.
+    """
+    socket_of: dict[int, int] = {}
+    members: list[tuple[set[int], list[int]]] = []
+    for node, cores in by_node.items():
+        packages, nodes = {core.package for core in cores}, [node]
+        for known in [known for known in members if known[0] & packages]:
+            members.remove(known)
+            packages |= known[0]
+            nodes += known[1]
+        members.append((packages, nodes))
+    for packages, nodes in members:
+        socket_of |= dict.fromkeys(nodes, min(packages))
+    return socket_of
+
+
+def _spread(
+    capacity: dict[int, int], nproc: int, distance: Distance, socket_of: dict[int, int]
+) -> list[dict[int, int]]:
     """How many cores of which nodes each rank gets."""
     for size in range(sum(capacity.values()) // nproc, 0, -1):
-        amounts = _fit(capacity, nproc, size, distance)
+        amounts = _fit(capacity, nproc, size, distance, socket_of)
         if amounts is not None:
             _grow(capacity, amounts, size + 1)
             return amounts
     raise AssertionError("shares of one core always fit")
 
 
-def _fewest_nodes(capacity: dict[int, int], size: int) -> int:
+def _fewest(sizes: Iterable[int], size: int) -> int:
+    """The fewest nodes (or sockets) of these sizes that hold `size` cores together."""
     total = 0
-    for count, cores in enumerate(sorted(capacity.values(), reverse=True), 1):
+    for count, cores in enumerate(sorted(sizes, reverse=True), 1):
         total += cores
         if total >= size:
             return count
-    raise AssertionError(f"{size} cores of {capacity}")
+    raise AssertionError(f"{size} cores of {total}")
 
 
-def _fit(capacity: dict[int, int], nproc: int, size: int, distance: Distance) -> list[dict[int, int]] | None:
-    """Shares of `size` cores, each on the fewest nodes that could hold one; None where they do not fit."""
-    fewest = _fewest_nodes(capacity, size)
-    if fewest == 1:
-        return _fit_single(capacity, nproc, size)
-    free = dict(capacity)
+def _fit(
+    capacity: dict[int, int], nproc: int, size: int, distance: Distance, socket_of: dict[int, int]
+) -> list[dict[int, int]] | None:
+    """Shares of `size` cores, each on the fewest nodes and sockets that hold it; None: they do not fit."""
+    sockets: Counter[int] = Counter()
+    for node, cores in capacity.items():
+        sockets[socket_of[node]] += cores
+    fewest_nodes, fewest_sockets = _fewest(capacity.values(), size), _fewest(sockets.values(), size)
+    room = sum(cores // size for cores in sockets.values())
+    if (room if fewest_sockets == 1 else len(sockets) // fewest_sockets) < nproc:
+        return None
+    free, ranks = dict(capacity), dict.fromkeys(capacity, 0)
+    socket_ranks: Counter[int] = Counter()
     amounts = []
     for _ in range(nproc):
-        best: tuple[tuple[int, ...], dict[int, int]] | None = None
+        best: tuple[tuple[float, ...], dict[int, int]] | None = None
         for anchor in free:
-            amount = _around(anchor, free, size, fewest, distance)
-            if amount is not None:
-                key = _badness(amount, free, capacity, distance)
-                if best is None or key < best[0]:
-                    best = (key, amount)
+            home = socket_of[anchor]
+            if fewest_sockets == 1:
+                reachable = {node: cores for node, cores in free.items() if socket_of[node] == home}
+            else:
+                reachable = {n: cores for n, cores in free.items() if not socket_ranks[socket_of[n]]}
+            amount = None
+            if anchor in reachable:
+                amount = _around(anchor, reachable, size, fewest_nodes, distance)
+            if amount is None or len({socket_of[node] for node in amount}) > fewest_sockets:
+                continue
+            left = -sockets[home] / (socket_ranks[home] + 1)
+            key = (left, *_badness(amount, free, capacity, ranks, distance))
+            if best is None or key < best[0]:
+                best = (key, amount)
         if best is None:
             return None
         for node, cores in best[1].items():
             free[node] -= cores
+            ranks[node] += 1
+        socket_ranks.update({socket_of[node] for node in best[1]})
         amounts.append(best[1])
     return amounts
-
-
-def _fit_single(capacity: dict[int, int], nproc: int, size: int) -> list[dict[int, int]] | None:
-    """Ranks within nodes, over as many nodes as there are: each next one where most cores are left a rank."""
-    ranks = dict.fromkeys(capacity, 0)
-    for _ in range(nproc):
-        room = [node for node in capacity if capacity[node] >= (ranks[node] + 1) * size]
-        if not room:
-            return None
-        best = max(room, key=lambda node: (capacity[node] / (ranks[node] + 1), -ranks[node], -node))
-        ranks[best] += 1
-    return [{node: size} for node, count in ranks.items() for _ in range(count)]
 
 
 def _around(
@@ -160,11 +191,18 @@ def _around(
 
 
 def _badness(
-    amount: dict[int, int], free: dict[int, int], capacity: dict[int, int], distance: Distance
-) -> tuple[int, ...]:
-    """What makes a share worse than another: far apart first, then nodes broken, then order."""
+    amount: dict[int, int],
+    free: dict[int, int],
+    capacity: dict[int, int],
+    ranks: dict[int, int],
+    distance: Distance,
+) -> tuple[float, ...]:
+    """What makes a share worse than another in its socket: far apart, nodes crowded or broken, then order."""
     nodes = sorted(amount)
     apart = sum(distance(a, b) for i, a in enumerate(nodes) for b in nodes[i + 1 :])
+    if len(nodes) == 1:
+        (node,) = nodes
+        return (apart, -capacity[node] / (ranks[node] + 1), ranks[node], node)
     broken = sum(free[node] == capacity[node] and amount[node] < free[node] for node in nodes)
     return (apart, broken, *nodes)
 
@@ -182,17 +220,23 @@ def _grow(capacity: dict[int, int], amounts: list[dict[int, int]], size: int) ->
                 free[node] -= 1
 
 
-def _beside_gpus(capacity: dict[int, int], gpu_nodes: list[int], distance: Distance) -> list[dict[int, int]]:
+def _beside_gpus(
+    capacity: dict[int, int], gpu_nodes: list[int | None], distance: Distance
+) -> list[dict[int, int]]:
     """Shares on the node of each rank's GPU, or on the nearest one where cores are left for it."""
     ranks = dict.fromkeys(capacity, 0)
-    homes = []
-    for gpu_node in gpu_nodes:
+    homes: dict[int, int] = {}
+    for rank in sorted(range(len(gpu_nodes)), key=lambda rank: gpu_nodes[rank] is None):
+        gpu_node = gpu_nodes[rank]
         room = [node for node in capacity if ranks[node] < capacity[node]]
-        home = min(room, key=lambda node: (distance(gpu_node, node), ranks[node], node))
+        if gpu_node is None:
+            home = max(room, key=lambda node: (capacity[node] / (ranks[node] + 1), -node))
+        else:
+            home = min(room, key=lambda node: (distance(gpu_node, node), ranks[node], node))
         ranks[home] += 1
-        homes.append(home)
+        homes[rank] = home
     size = min(capacity[node] // count for node, count in ranks.items() if count)
-    amounts = [{home: size} for home in homes]
+    amounts = [{homes[rank]: size} for rank in range(len(gpu_nodes))]
     _grow(capacity, amounts, size + 1)
     return amounts
 

@@ -2,8 +2,8 @@
 
 Decoding a model streams each rank's weights once a token, so a rank wants its cores and its memory
 on one NUMA node, or on as few and as near ones as its share of the cores needs; and since all ranks
-wait for the slowest, shares are equal. Giving a rank a core of one more node, to use up a remainder,
-makes that rank's memory remote: such cores stay idle, and the plan says so.
+wait for the slowest, shares are equal. Giving a rank a core of one more node or socket, to use up a
+remainder, makes that rank's memory remote: such cores stay idle, and the plan says so.
 
 The same arguments give the same plan on any machine: nothing here reads the host. No torch.
 """
@@ -170,9 +170,12 @@ def _tell_uneven(
     if sizes[-1] - sizes[0] > 1:
         warnings.append(f"ranks have between {sizes[0]} and {sizes[-1]} cores; the smallest sets the pace")
     if used < len(cores):
-        why = "ranks keep to the nodes of their GPUs"
+        why = "ranks keep to the nodes of their GPUs (--no-gpus: placed without regard to them)"
         if not with_gpus:
-            why = f"a rank of more than {sizes[-1]} cores would reach over more nodes than it needs"
+            why = (
+                f"more than {sizes[0]} for every rank would spread one of them over one more node, or over "
+                "sockets that other ranks use"
+            )
         remarks.append(f"{len(cores) - used} of {len(cores)} usable cores stay idle: {why}")
 
 

@@ -60,6 +60,7 @@ def check_plan(topology: HostTopology, nproc: int, plan: Plan) -> None:
         sizes = [rank.cores for rank in plan.ranks]
         if not topology.gpus:
             assert max(sizes) - min(sizes) <= 1
+            check_sockets(topology, plan)
         if sum(sizes) < num_cores:
             assert any("stay idle" in warning for warning in plan.warnings)
     else:
@@ -67,6 +68,18 @@ def check_plan(topology: HostTopology, nproc: int, plan: Plan) -> None:
         counts = [cpus.count(cpu) for cpu in set(cpus)]
         assert len(counts) == num_cores and max(counts) - min(counts) <= 1
         assert any(f"{nproc} ranks share {num_cores}" in warning for warning in plan.warnings)
+
+
+def check_sockets(topology: HostTopology, plan: Plan) -> None:
+    """A rank over several sockets has them to itself. (Packages that share a node count as one socket.)"""
+    packages_of: dict[int | None, set[int]] = {}
+    for core in usable(topology):
+        packages_of.setdefault(core.node, set()).add(core.package)
+    if any(len(packages) > 1 for packages in packages_of.values()):
+        return
+    for rank in plan.ranks:
+        others = {package for other in plan.ranks if other is not rank for package in other.packages}
+        assert len(rank.packages) == 1 or not others & set(rank.packages), "half of two sockets"
 
 
 def check_rank(topology: HostTopology, rank: RankPlacement, core_of: dict[int, Core]) -> None:
@@ -148,6 +161,61 @@ def test_whole_sockets_before_halves_of_two(machine: Machine) -> None:
         ("interleave", (0, 2)),
         ("interleave", (1, 3)),
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "nproc", "cores", "packages"),
+    [
+        ("memorysidecaches", 3, 10, [(0,), (0,), (1,)]),
+        ("2x Xeon 6 SNC3", 3, 64, [(0,), (0,), (1,)]),
+        ("8 sockets", 6, 28, [(n,) for n in range(6)]),
+        ("8 sockets", 3, 56, [(0, 1), (2, 3), (4, 5)]),
+    ],
+)
+def test_cores_stay_idle_before_a_rank_reaches_into_a_shared_socket(
+    name: str, nproc: int, cores: int, packages: list[tuple[int, ...]], machine: Machine
+) -> None:
+    plan = plan_ranks(read_topology(machine(name)), nproc)
+    assert [rank.packages for rank in plan.ranks] == packages
+    assert min(rank.cores for rank in plan.ranks) == cores
+    assert any("usable cores stay idle" in warning for warning in plan.warnings)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    packages=st.integers(2, 4),
+    nodes=st.lists(st.integers(1, 12), min_size=1, max_size=4),
+    nproc=st.integers(1, 24),
+)
+def test_equal_sockets_carry_equal_ranks(packages: int, nodes: list[int], nproc: int) -> None:
+    topology = equal_sockets(packages, nodes)
+    plan = plan_ranks(topology, nproc)
+    check_plan(topology, nproc, plan)
+    if packages <= nproc <= len(topology.cores):
+        ranks = [sum(rank.packages == (package,) for rank in plan.ranks) for package in range(packages)]
+        assert max(ranks) - min(ranks) <= 1, ranks
+
+
+def equal_sockets(packages: int, nodes: list[int]) -> HostTopology:
+    """Sockets alike: the cores of each one's nodes."""
+    cores: list[Core] = []
+    numbers = [(package, cores) for package in range(packages) for cores in nodes]
+    placed = []
+    for node, (package, count) in enumerate(numbers):
+        own = tuple(range(len(cores), len(cores) + count))
+        cores += [Core((cpu,), package, 0, node, own[0], False) for cpu in own]
+        distances = tuple(10 if n == node else 12 if p == package else 21 for n, (p, _) in enumerate(numbers))
+        placed.append(Node(node, own, 1 << 30, distances))
+    cpus = tuple(range(len(cores)))
+    return HostTopology(cpus, tuple(cores), tuple(placed), cpus, tuple(range(len(placed))), cpus)
+
+
+@pytest.mark.parametrize(
+    ("name", "nproc", "each"), [("2x EPYC NPS4", 12, 6), ("2x Xeon 6 SNC3", 8, 4), ("memorysidecaches", 6, 3)]
+)
+def test_ranks_that_nodes_do_not_divide(name: str, nproc: int, each: int, machine: Machine) -> None:
+    ranks = plan_ranks(read_topology(machine(name)), nproc).ranks
+    assert [sum(rank.packages == (socket,) for rank in ranks) for socket in (0, 1)] == [each, each]
 
 
 def test_three_nodes_a_socket(machine: Machine) -> None:
