@@ -9,6 +9,7 @@ import argparse
 import importlib
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ from typing import Any
 from .. import env
 from ..errors import LaunchError, TPError
 from . import scripts
-from .placement import Options, plan_ranks
-from .plan import Plan
+from .placement import Options, plan_ranks, unbound_threads
+from .plan import Plan, RankPlacement
 from .sysfs import parse_list
 from .topology import HostTopology, read_topology
 
@@ -43,6 +44,8 @@ def main(argv: list[str] | None = None) -> int:
     except TPError as error:
         sys.stderr.write(f"error: {error}\n")
         return _USAGE_ERROR
+    except KeyboardInterrupt:  # before there were ranks
+        return 128 + signal.SIGINT
     except BrokenPipeError:
         # `tp-launch --dry-run | head`: whoever read has enough.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -64,7 +67,8 @@ def _run(words: list[str]) -> int:
         sys.stdout.write(display.topology_text(read_topology(arguments.sysroot)))
         return 0
     if arguments.dry_run:
-        topology, plan = _plan(arguments)
+        topology, options = _planned(arguments)
+        plan = plan_ranks(topology, arguments.nproc, options)
         sys.stdout.write(_shown(topology, plan, arguments.json))
         return 0
     if arguments.script is None:
@@ -106,27 +110,30 @@ def _start(arguments: argparse.Namespace, script: scripts.Script) -> int:
     from .endpoint import Endpoint
 
     shared_memory.check(arguments.nproc, arguments.args)
-    _, plan = _plan(arguments)
+    topology, options = _planned(arguments)
     endpoint = None
     if arguments.nnodes > 1:
         endpoint = Endpoint.parse(
             arguments.rdzv_endpoint, arguments.nnodes, arguments.node_rank, arguments.rdzv_timeout
         )
     threads = None
+    placements: tuple[RankPlacement, ...] = ()
     if arguments.numa:
-        for line in (f"warning: {warning}" for warning in plan.warnings):
-            sys.stderr.write(f"{line}\n")
-        preload = plan.ranks[0].env.get("LD_PRELOAD")
+        plan = plan_ranks(topology, arguments.nproc, options)
+        placements = plan.ranks
+        for warning in plan.warnings:
+            sys.stderr.write(f"warning: {warning}\n")
+        preload = placements[0].env.get("LD_PRELOAD")
         if preload:
             sys.stderr.write(f"preloaded: {preload}\n")
     elif env.get("OMP_NUM_THREADS") is None:
-        threads = min(rank.threads for rank in plan.ranks)
+        threads = unbound_threads(topology, arguments.nproc, options)
     return spawn.start(
         spawn.Job(
             script=script,
             arguments=tuple(arguments.args),
             nproc=arguments.nproc,
-            placements=plan.ranks if arguments.numa else (),
+            placements=placements,
             threads=threads,
             max_restarts=arguments.max_restarts,
             grace_period_s=arguments.grace_period,
@@ -148,33 +155,25 @@ def _check(script: scripts.Script, words: list[str], world_size: int) -> int | N
     return None if check is None else check(list(words), world_size)
 
 
-def _plan(arguments: argparse.Namespace) -> tuple[HostTopology, Plan]:
-    from . import neighbours, preload
-
+def _planned(arguments: argparse.Namespace) -> tuple[HostTopology, Options]:
+    """The host to plan for, and what was asked for there."""
     topology = read_topology(arguments.sysroot)
-    is_here = Path(arguments.sysroot) == Path("/")
     options = Options(
         smt=arguments.smt,
         use_e_cores=arguments.use_e_cores,
         reserve_cores=arguments.reserve_cores,
         cpus=arguments.cpus,
-        busy_cpus=neighbours.find(topology.allowed_cpus).cpus if is_here else (),
         threads=arguments.threads,
         mem_policy=arguments.mem_policy,
         use_gpus=not arguments.no_gpus,
-        visible_gpus=_visible_gpus() if is_here else None,
         pin_threads=arguments.pin_threads,
-        preload=preload.find() if is_here and arguments.preload == "auto" else preload.Preload(),
-        already_preloaded=env.get("LD_PRELOAD"),
         strict=arguments.numa_strict,
     )
-    return topology, plan_ranks(topology, arguments.nproc, options)
+    if Path(arguments.sysroot) == Path("/"):
+        from .surroundings import with_surroundings
 
-
-def _visible_gpus() -> tuple[int, ...] | None:
-    """CUDA_VISIBLE_DEVICES as numbers in PCI order; None where it is unset or names devices otherwise."""
-    words = (env.get("CUDA_VISIBLE_DEVICES") or "").split(",")
-    return tuple(int(word) for word in words) if all(word.strip().isdigit() for word in words) else None
+        options = with_surroundings(topology, options, preload=arguments.preload == "auto")
+    return topology, options
 
 
 def _shown(topology: HostTopology, plan: Plan, as_json: bool) -> str:
@@ -204,7 +203,7 @@ def document(topology: HostTopology, plan: Plan) -> dict[str, Any]:
 def _doctor(words: list[str]) -> int:
     from . import doctor
 
-    parser = argparse.ArgumentParser(prog="tp-launch doctor", description=doctor.__doc__)
+    parser = _Parser(prog="tp-launch doctor", description=doctor.__doc__)
     parser.add_argument(
         "--sysroot", default="/", metavar="DIR", help="examine the host whose files lie in DIR"
     )

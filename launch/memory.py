@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from ..errors import LaunchError
 from .sysfs import format_list
-from .topology import HostTopology
+from .topology import Core, HostTopology
 
 POLICIES = ("auto", "bind", "preferred", "interleave", "weighted_interleave", "none")
 
@@ -24,19 +24,20 @@ class MemoryChoice:
     remote: tuple[tuple[int | None, tuple[int, ...]], ...] = ()
 
 
-def choose_memory(topology: HostTopology, nodes: tuple[int, ...], policy: str) -> MemoryChoice:
-    """Memory for a rank whose CPUs sit on `nodes` (none: no online node has them).
+def choose_memory(topology: HostTopology, share: tuple[Core, ...], policy: str) -> MemoryChoice:
+    """Memory for a rank that has these cores.
 
-    Raises LaunchError for an unknown policy.
+    Cores that no online node has take the nodes of their sockets, else all that are usable. Raises
+    LaunchError for an unknown policy.
     """
     if policy not in POLICIES:
         raise LaunchError(f"--mem-policy {policy!r} is unknown; choose from {', '.join(POLICIES)}")
     usable = usable_nodes(topology)
-    if policy == "none" or not usable:
+    if policy == "none" or not usable or not topology.has_nodes:
         return MemoryChoice("none", ())
     chosen: set[int] = set()
     remote: list[tuple[int | None, tuple[int, ...]]] = []
-    for node in nodes:
+    for node in sorted({core.node for core in share if core.node is not None}):
         if node in usable:
             chosen.add(node)
             continue
@@ -44,9 +45,12 @@ def choose_memory(topology: HostTopology, nodes: tuple[int, ...], policy: str) -
         near = tuple(other for other in usable if topology.distance(node, other) == nearest)
         chosen.update(near)
         remote.append((node, near))
-    if not nodes:
-        chosen.update(usable)
-        remote.append((None, usable))
+    homeless = {core.package for core in share if core.node is None}
+    if homeless:
+        beside = {core.node for core in topology.cores if core.package in homeless}
+        near = tuple(node for node in usable if node in beside) or usable
+        chosen.update(near)
+        remote.append((None, near))
     mem_nodes = tuple(sorted(chosen))
     if policy == "auto":
         policy = "bind" if len(mem_nodes) == 1 else "interleave"
@@ -63,10 +67,16 @@ def usable_nodes(topology: HostTopology) -> tuple[int, ...]:
     return sized or topology.allowed_mem_nodes
 
 
-def tell_remote(topology: HostTopology, choices: list[MemoryChoice]) -> list[str]:
-    """One sentence for each node whose ranks' memory is elsewhere."""
+def tell_remote(topology: HostTopology, choices: list[MemoryChoice], policy: str) -> list[str]:
+    """One sentence for each node whose ranks' memory is elsewhere, where `policy` was asked for."""
+    if policy == "none":
+        return []
+    if not topology.has_nodes:
+        asked = f"this kernel has no NUMA nodes, so --mem-policy {policy} does nothing"
+        return [] if policy == "auto" else [asked]
     if not usable_nodes(topology):
         return ["no memory node is allowed that holds memory; memory is left to the kernel"]
+    sized = any(node.memory_bytes for node in topology.nodes)
     ranks: dict[tuple[int | None, tuple[int, ...]], list[int]] = {}
     for rank, choice in enumerate(choices):
         for where in choice.remote:
@@ -79,7 +89,8 @@ def tell_remote(topology: HostTopology, choices: list[MemoryChoice]) -> list[str
         if node is None:
             sentences.append(f"{who} {computes} on CPUs that no online node has; {goes}")
         else:
-            allowed = node in topology.allowed_mem_nodes
-            why = "holds no memory" if allowed else "may not be used for memory"
+            # The kernel leaves nodes without memory out of the allowed ones.
+            empty = sized and not topology.node(node).memory_bytes
+            why = "holds no memory" if empty else "may not be used for memory"
             sentences.append(f"node {node}, where {who} {computes}, {why}; {goes}")
     return sentences

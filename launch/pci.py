@@ -10,10 +10,12 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 from .sysfs import SysRoot
 
 DEVICES = "/sys/bus/pci/devices"
+_NVIDIA_CARDS = "/proc/driver/nvidia/gpus"
 _NVIDIA, _AMD, _INTEL = 0x10DE, 0x1002, 0x8086
 # Class codes without the programming interface. Server boards carry a small VGA chip for remote
 # consoles, hence the vendors; integrated Intel graphics are VGA (0x0300) too.
@@ -30,11 +32,28 @@ class Gpu:
     links: tuple[str, ...] = ()  # to each GPU, itself included ("X")
 
 
-def _is_visible(root: SysRoot, address: str) -> bool:
-    """A container may be given some of the host's GPUs only: the driver's device file tells."""
-    information = root.read(f"/proc/driver/nvidia/gpus/{address}/information")
-    minor = re.search(r"Device Minor:\s*(\d+)", information or "")
-    return minor is None or root.exists(f"/dev/nvidia{minor[1]}")
+def _is_usable(root: SysRoot, address: str, vendor: int) -> bool:
+    """Whether programs can use the card: the bus shows all cards of the host to any container.
+
+    A container may be given some of them, or none: the driver's files tell, on the running host. The
+    tree of another host may lack them.
+    """
+    live = root.root == Path("/")
+    if vendor == _NVIDIA:
+        minor = re.search(r"Device Minor:\s*(\d+)", root.read(information_file(address)) or "")
+        if minor is not None:
+            return root.exists(f"/dev/nvidia{minor[1]}")
+        # Some sandboxes hand devices in and hide the driver's /proc files.
+        hidden = root.exists("/dev/nvidiactl") and not root.listdir(_NVIDIA_CARDS)
+        return hidden or not live
+    if vendor == _AMD:
+        return root.exists("/dev/kfd") or not live
+    return True
+
+
+def information_file(address: str) -> str:
+    """What the NVIDIA driver says of a card."""
+    return f"{_NVIDIA_CARDS}/{address}/information"
 
 
 def _bus_path(root: SysRoot, address: str) -> tuple[str, ...]:
@@ -67,7 +86,7 @@ def read_gpus(root: SysRoot) -> tuple[Gpu, ...]:
         kind = root.read_int(f"{DEVICES}/{address}/class", 16)
         if vendor in _GPU_CLASSES and kind is not None and kind >> 8 in _GPU_CLASSES[vendor]:
             node = root.read_int(f"{DEVICES}/{address}/numa_node")
-            if _is_visible(root, address):
+            if _is_usable(root, address, vendor):
                 found.append((address, None if node is None or node < 0 else node))
     paths = [_bus_path(root, address) for address, _ in found]
     return tuple(

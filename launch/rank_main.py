@@ -12,12 +12,16 @@ import os
 import runpy
 import signal
 import sys
+from typing import TYPE_CHECKING
 
 from .. import env
 from ..errors import TPError
 from . import affinity, process, schedulers, scripts
 from .plan import RankPlacement
 from .reports import report
+
+if TYPE_CHECKING:
+    from .topology import HostTopology
 
 
 def main(argv: list[str]) -> None:
@@ -57,17 +61,20 @@ def main(argv: list[str]) -> None:
 def _own_placement(argv: list[str]) -> RankPlacement | None:
     """This rank's part of the plan where no launcher made one: srun, mpirun or torchrun with TP_NUMA=1.
 
-    A scheduler that bound each rank to CPUs of its own has placed it; the rank then plans alone on these.
+    A scheduler that bound each rank to CPUs of its own, not those of the scheduler's process here, has
+    placed it; the rank then plans alone on these.
     """
     if not env.get_flag("TP_NUMA"):
         return None
-    from .placement import plan_ranks
+    from .placement import Options, plan_ranks
+    from .surroundings import with_surroundings
     from .topology import read_topology
 
     local_rank, ranks = env.get_int("LOCAL_RANK") or 0, env.get_int("LOCAL_WORLD_SIZE") or 1
     topology = read_topology()
-    bound = len(topology.allowed_cpus) < len(topology.cgroup_cpus)
-    plan = plan_ranks(topology, 1 if bound else ranks)
+    bound = _is_bound(topology)
+    options = with_surroundings(topology, Options(strict=env.get_flag("TP_NUMA_STRICT")))
+    plan = plan_ranks(topology, 1 if bound else ranks, options)
     placement = dataclasses.replace(plan.ranks[0 if bound else local_rank], rank=local_rank)
     if local_rank == 0:
         for warning in plan.warnings:
@@ -78,6 +85,17 @@ def _own_placement(argv: list[str]) -> RankPlacement | None:
         os.environ.update(LD_PRELOAD=preload, TP_PLACEMENT=json.dumps(placement.to_dict()))
         os.execv(sys.executable, [sys.executable, "-u", "-m", "tp_runtime.launch.rank_main", *argv])
     return placement
+
+
+def _is_bound(topology: HostTopology) -> bool:
+    """Whether this rank has other CPUs than its parent; one in another PID namespace has none to compare."""
+    parent = os.getppid()
+    try:
+        if parent:
+            return os.sched_getaffinity(0) != os.sched_getaffinity(parent)
+    except OSError:
+        pass  # it has just ended
+    return len(topology.allowed_cpus) < len(topology.cgroup_cpus)
 
 
 def _end_with_launcher() -> None:

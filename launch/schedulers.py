@@ -7,9 +7,11 @@ they are set). No torch.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import tempfile
+import time
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +22,8 @@ from . import process
 
 # Below Linux's default range of ephemeral ports (32768 up), above the registered ones in wide use.
 _FIRST_PORT, _NUM_PORTS = 20000, 12000
+# The ranks of one job start within minutes of each other.
+_LEFTOVER_S = 600.0
 
 
 @dataclass(frozen=True)
@@ -108,13 +112,23 @@ def _local_world_size(scheduler: Scheduler, environ: Mapping[str, str], world: i
     return world
 
 
-def _job_key(environ: Mapping[str, str]) -> str:
-    """A name for the job that all its ranks derive alike and no other job of the host has."""
+def job_name(environ: Mapping[str, str]) -> str | None:
+    """The job's name in the scheduler's own words, alike for all its ranks; None where it gives none."""
     if "SLURM_JOB_ID" in environ:
-        return f"slurm-{environ['SLURM_JOB_ID']}-{environ.get('SLURM_STEP_ID', '0')}"
+        words = (environ["SLURM_JOB_ID"], environ.get("SLURM_STEP_ID", "0"))
+        # A job that was requeued keeps its id.
+        return "-".join(("slurm", *words, environ.get("SLURM_RESTART_COUNT", "0")))
     for name in ("OMPI_MCA_ess_base_jobid", "PMIX_NAMESPACE", "PMI_JOBID"):
         if name in environ:
             return f"mpi-{environ[name]}"
+    return None
+
+
+def _job_key(environ: Mapping[str, str]) -> str:
+    """A name for the job that all its ranks derive alike and no other job of the host has."""
+    name = job_name(environ)
+    if name is not None:
+        return name
     # One parent starts all ranks of a host; its start time tells it from an earlier one of that id.
     parent = os.getppid()
     return f"parent-{parent}-{process.start_time(parent)}"
@@ -128,7 +142,23 @@ def _store_file(environ: Mapping[str, str]) -> Path:
         raise LaunchError(
             f"{folder} is open to other users; remove it, or set TMPDIR to a folder of your own"
         )
-    return folder / re.sub(r"[^\w.-]", "_", _job_key(environ))
+    path = folder / re.sub(r"[^\w.-]", "_", _job_key(environ))
+    _remove_leftover(path)
+    return path
+
+
+def _remove_leftover(path: Path) -> None:
+    """A killed job leaves its file, and ids come round again: what nobody wrote to lately is no meeting.
+
+    Whichever rank comes first removes it; the lock keeps a second from removing what the first has begun.
+    """
+    lock = os.open(path.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if path.exists() and time.time() - path.stat().st_mtime > _LEFTOVER_S:
+            path.unlink()
+    finally:
+        os.close(lock)
 
 
 def _first_host(scheduler: Scheduler, environ: Mapping[str, str]) -> str:

@@ -59,6 +59,7 @@ class HostTopology:
     memory_limit_bytes: int | None = None
     gpus: tuple[pci.Gpu, ...] = ()
     notes: tuple[str, ...] = field(default=())  # what had to be assumed while reading
+    has_nodes: bool = True  # False: the kernel has no node files, and `nodes` is the whole host as one
 
     @property
     def packages(self) -> tuple[int, ...]:
@@ -113,6 +114,7 @@ def read_topology(sysroot: str | os.PathLike[str] = "/") -> HostTopology:
         memory_limit_bytes=limits.memory_bytes,
         gpus=pci.read_gpus(root),
         notes=tuple(notes),
+        has_nodes=bool(root.numbered(_NODE, "node")),
     )
 
 

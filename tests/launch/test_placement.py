@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from tp_testing import sysfs_writer, trees
 
 from tp_runtime.errors import LaunchError
-from tp_runtime.launch.placement import Options, plan_ranks
+from tp_runtime.launch import surroundings
+from tp_runtime.launch.pci import Gpu
+from tp_runtime.launch.placement import Options, plan_ranks, unbound_threads
 from tp_runtime.launch.plan import Plan, RankPlacement
 from tp_runtime.launch.preload import Preload
 from tp_runtime.launch.topology import Core, HostTopology, Node, read_topology
@@ -53,16 +55,24 @@ def check_plan(topology: HostTopology, nproc: int, plan: Plan) -> None:
     assert [rank.rank for rank in plan.ranks] == list(range(nproc))
     for rank in plan.ranks:
         check_rank(topology, rank, core_of)
+        if topology.cpu_quota is not None:
+            assert rank.threads <= max(1, topology.cpu_quota / nproc)
+        gpu_node = None if rank.gpu is None else topology.gpus[rank.gpu].node
+        if gpu_node is not None and gpu_node not in rank.nodes:
+            assert any(f"of node {gpu_node} from " in warning for warning in plan.warnings)
+    assert {rank.gpu is None for rank in plan.ranks} == {not topology.gpus or len(topology.gpus) < nproc}
     cpus = [cpu for rank in plan.ranks for cpu in rank.cpus]
     num_cores = len(usable(topology))
     if nproc <= num_cores:
         assert len(cpus) == len(set(cpus)), "two ranks on one CPU"
         sizes = [rank.cores for rank in plan.ranks]
-        if not topology.gpus:
+        if plan.ranks[0].gpu is None:
             assert max(sizes) - min(sizes) <= 1
             check_sockets(topology, plan)
         if sum(sizes) < num_cores:
             assert any("stay idle" in warning for warning in plan.warnings)
+        if any(core.node is None for core in topology.cores for cpu in core.cpus if cpu in cpus):
+            assert any("on CPUs that no online node has" in warning for warning in plan.warnings)
     else:
         assert {rank.cores for rank in plan.ranks} == {rank.threads for rank in plan.ranks} == {1}
         counts = [cpus.count(cpu) for cpu in set(cpus)]
@@ -96,11 +106,21 @@ def check_rank(topology: HostTopology, rank: RankPlacement, core_of: dict[int, C
 
 
 def check_memory(topology: HostTopology, rank: RankPlacement) -> None:
-    """Memory nodes are allowed, hold memory, and are the nearest such of each of the rank's nodes."""
+    """Memory nodes are allowed, hold memory, and are the nearest such of each of the rank's nodes.
+
+    CPUs without a node have the memory of their sockets, where there is some.
+    """
+    if not topology.has_nodes:
+        assert (rank.mem_policy, rank.mem_nodes) == ("none", ())
+        return
     holding = {n.number for n in topology.nodes if n.number in topology.allowed_mem_nodes and n.memory_bytes}
     holding = holding or set(topology.allowed_mem_nodes)
     assert set(rank.mem_nodes) <= holding
-    expected: set[int] = set() if rank.nodes else holding
+    expected: set[int] = set()
+    homeless = {c.package for c in topology.cores if c.node is None and set(c.cpus) & set(rank.cpus)}
+    if homeless:
+        beside = {c.node for c in topology.cores if c.package in homeless}
+        expected = (beside & holding) or holding
     for node in rank.nodes:
         nearest = min(topology.distance(node, other) for other in holding)
         expected |= (
@@ -123,9 +143,34 @@ def test_properties(name: str, nproc: int, machine: Machine) -> None:
     assert plan == plan_ranks(topology, nproc), "the same plan twice"
 
 
+WRITTEN = {
+    "siblings side by side": sysfs_writer.Host(
+        packages=2, cores_of_nodes=(5, 4), smt=2, adjacent_siblings=True, allowed=(*range(1, 20), 30, 31)
+    ),
+    "memory here and there": sysfs_writer.Host(
+        packages=2, cores_of_nodes=(3, 3), memoryless=(0, 3), mem_nodes=(1, 2), allowed=tuple(range(2, 12))
+    ),
+    "one L3 a socket, quota": sysfs_writer.Host(
+        packages=2, cores_of_nodes=(6, 6), l3_of_node=0, smt=2, mem_nodes=(1,), cpu_max="700000 100000"
+    ),
+    "GPUs on one socket": sysfs_writer.Host(
+        packages=2, cores_of_nodes=(4, 4), gpu_nodes=(1, 1, 1, 1, -1, 0, 1, 1), offline=(4, 9)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_properties_of_hosts_with_limits(name: str, tmp_path: Path) -> None:
+    topology = read_topology(sysfs_writer.write(WRITTEN[name], tmp_path))
+    for nproc in (*NPROCS, 40):
+        check_plan(topology, nproc, plan_ranks(topology, nproc))
+
+
 @st.composite
 def hosts(draw: st.DrawFn) -> HostTopology:
-    """A random host: packages of uneven nodes, SMT or not, some CPUs and memory nodes not allowed."""
+    """A random host: packages of uneven nodes, SMT or not, some CPUs and memory nodes not allowed; GPUs,
+    E-cores and a CPU quota on some.
+    """
     smt = draw(st.integers(1, 2))
     cores: list[Core] = []
     nodes: list[Node] = []
@@ -144,12 +189,23 @@ def hosts(draw: st.DrawFn) -> HostTopology:
     cpus = tuple(cpu for core in cores for cpu in core.cpus)
     allowed = tuple(sorted(draw(st.sets(st.sampled_from(cpus), min_size=1))))
     mem_nodes = tuple(sorted(draw(st.sets(st.sampled_from(range(len(nodes))), min_size=1))))
-    return HostTopology(cpus, tuple(cores), placed, allowed, mem_nodes, cpus)
+    small = draw(st.integers(0, len(cores) - 1)) if draw(st.booleans()) else 0
+    kinds = tuple(replace(core, efficient=len(cores) - i <= small) for i, core in enumerate(cores))
+    gpu_nodes = draw(st.lists(st.one_of(st.none(), st.integers(0, len(nodes) - 1)), max_size=8))
+    gpus = tuple(Gpu(index, f"0000:{index:02x}:00.0", node) for index, node in enumerate(gpu_nodes))
+    quota = draw(st.one_of(st.none(), st.floats(0.5, 16.0)))
+    return HostTopology(cpus, kinds, placed, allowed, mem_nodes, cpus, cpu_quota=quota, gpus=gpus)
 
 
 @settings(max_examples=300, deadline=None)
 @given(topology=hosts(), nproc=st.integers(1, 12))
 def test_properties_of_random_hosts(topology: HostTopology, nproc: int) -> None:
+    allowed = [core for core in topology.cores if set(core.cpus) & set(topology.allowed_cpus)]
+    fast = [core for core in allowed if not core.efficient]
+    if len(fast) < len(allowed) and 0 < len(fast) < nproc:
+        with pytest.raises(LaunchError, match=f"{nproc} ranks were asked for and {len(fast)} P-cores"):
+            plan_ranks(topology, nproc)
+        return
     check_plan(topology, nproc, plan_ranks(topology, nproc))
 
 
@@ -256,13 +312,66 @@ def test_gpus_of_unknown_node_and_too_few_gpus(tmp_path: Path) -> None:
     plan = plan_ranks(topology, 4)
     assert {rank.gpu for rank in plan.ranks} == {None}
     assert "4 ranks and 2 GPUs" in plan.warnings[0]
+    single = read_topology(sysfs_writer.write(sysfs_writer.Host(gpu_nodes=(-1,)), tmp_path / "single"))
+    plan = plan_ranks(single, 1, Options(strict=True))
+    assert (plan.ranks[0].gpu, plan.warnings) == (0, ()), "one node: there is no far"
+
+
+def test_one_gpu_of_unknown_node_costs_the_others_nothing(tmp_path: Path) -> None:
+    host = sysfs_writer.Host(packages=2, gpu_nodes=(1, -1, 1))
+    plan = plan_ranks(read_topology(sysfs_writer.write(host, tmp_path)), 3)
+    assert [rank.nodes for rank in plan.ranks] == [(1,), (0,), (1,)]
+    assert "does not say which node GPU 1 is on" in plan.warnings[0]
+
+
+def test_ranks_far_from_their_gpus_are_told(tmp_path: Path) -> None:
+    """Four GPUs on a node of two cores."""
+    host = sysfs_writer.Host(packages=2, cores_of_nodes=(2,), gpu_nodes=(0, 0, 0, 0))
+    topology = read_topology(sysfs_writer.write(host, tmp_path))
+    plan = plan_ranks(topology, 4)
+    assert [rank.nodes for rank in plan.ranks] == [(0,), (0,), (1,), (1,)]
+    assert plan.warnings[0].startswith("ranks 2-3 drive GPUs 2-3 of node 0 from node 1: no usable core of")
+    with pytest.raises(LaunchError, match="--numa-strict: ranks 2-3 drive GPUs 2-3 of node 0"):
+        plan_ranks(topology, 4, Options(strict=True))
+    assert plan_ranks(topology, 4, Options(use_gpus=False)).warnings == ()
+    assert plan_ranks(topology, 4, Options(visible_gpus=())).warnings == (), "CUDA_VISIBLE_DEVICES is empty"
+    named = plan_ranks(topology, 4, Options(visible_gpus=(), gpu_note="named by UUID"))
+    assert (named.warnings, named.ranks[0].gpu) == (("named by UUID",), None)
+
+
+@pytest.mark.parametrize(
+    ("text", "numbers", "note"),
+    [
+        (None, None, False),
+        ("", (), False),
+        ("-1", (), False),
+        ("2, 0", (2, 0), False),
+        ("1,-1,0", (1,), False),
+        ("GPU-8932f937-d72c,GPU-2", (), True),
+        ("MIG-1", (), True),
+    ],
+)
+def test_visible_gpus_as_cuda_reads_them(
+    text: str | None, numbers: tuple[int, ...] | None, note: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if text is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", text)
+    visible, said = surroundings.visible_gpus()
+    assert (visible, said is not None) == (numbers, note)
 
 
 def test_p_cores_first(machine: Machine) -> None:
     topology = read_topology(machine(HYBRID))
     efficient = {cpu for core in topology.cores if core.efficient for cpu in core.cpus}
     assert not efficient & {cpu for rank in plan_ranks(topology, 3).ranks for cpu in rank.cpus}
+    assert "8 E-cores are left out" in plan_ranks(topology, 3).warnings[0]
+    assert unbound_threads(topology, 8) == 1, "ranks that are not bound are never refused"
+    assert unbound_threads(topology, 3) == 2
     everything = plan_ranks(topology, 8, Options(use_e_cores=True))
+    two = plan_ranks(topology, 2, Options(use_e_cores=True, smt=True))
+    assert any("E-cores; those with most set the pace" in warning for warning in two.warnings)
+    assert any("hardware threads, since not every core" in warning for warning in two.warnings)
     assert efficient & {cpu for rank in everything.ranks for cpu in rank.cpus}
 
 
@@ -281,12 +390,26 @@ def test_cpu_quota_caps_threads(quota: str, nproc: int, threads: int, tmp_path: 
     assert "CPU quota" in plan.warnings[0]
 
 
+def test_cpu_quota_between_cores_and_their_threads_is_said(tmp_path: Path) -> None:
+    host = sysfs_writer.Host(cores_of_nodes=(8,), smt=2, cpu_max="1200000 100000")
+    topology = read_topology(sysfs_writer.write(host, tmp_path))
+    assert plan_ranks(topology, 1).warnings == ()
+    plan = plan_ranks(topology, 1, Options(smt=True))
+    assert plan.ranks[0].threads == 12
+    assert "CPU quota is 12 CPUs, so the rank runs 12 threads and not 16" in plan.warnings[0]
+    assert plan_ranks(topology, 1, Options(smt=True, threads=10)).warnings == ()
+
+
 def test_cores_reserved_for_a_server(machine: Machine) -> None:
     topology = read_topology(machine("memorysidecaches"))
     plan = plan_ranks(topology, 2, Options(reserve_cores=2))
     assert [rank.cores for rank in plan.ranks] == [19, 19]
-    with pytest.raises(LaunchError, match="--reserve-cores 39 leaves 1 of 40 usable cores for 2 ranks"):
-        plan_ranks(topology, 2, Options(reserve_cores=39))
+    few = plan_ranks(topology, 2, Options(reserve_cores=39))
+    assert few.ranks[0].cpus == few.ranks[1].cpus
+    assert few.warnings[0].startswith("--reserve-cores 39 leaves 1 of 40 usable cores for 2 ranks; reserve")
+    assert "--reserve-cores 99 leaves 1 of" in plan_ranks(topology, 1, Options(reserve_cores=99)).warnings[0]
+    with pytest.raises(LaunchError, match="--numa-strict: --reserve-cores 39 leaves 1 of 40 usable cores"):
+        plan_ranks(topology, 2, Options(reserve_cores=39, strict=True))
 
 
 def test_other_jobs_keep_their_cores(machine: Machine) -> None:
@@ -295,6 +418,11 @@ def test_other_jobs_keep_their_cores(machine: Machine) -> None:
     beside = plan_ranks(topology, 1, Options(busy_cpus=socket0))
     assert not set(beside.ranks[0].cpus) & set(socket0)
     assert "ranks of another job hold CPUs" in beside.warnings[0]
+    siblings = [cpu for core in topology.cores if set(core.cpus) & set(socket0) for cpu in core.cpus[1:]]
+    beside = plan_ranks(topology, 1, Options(busy_cpus=tuple(siblings)))
+    assert not set(beside.ranks[0].cpus) & set(socket0), "the other thread of a busy core"
+    unbound = plan_ranks(topology, 1, Options(unbound_ranks=2))
+    assert unbound.warnings[0].startswith("2 ranks of another job run here on any core")
     crowded = plan_ranks(topology, 1, Options(busy_cpus=tuple(topology.cpus)))
     assert "both jobs share cores" in crowded.warnings[0]
 
@@ -340,6 +468,42 @@ def test_a_policy_that_was_asked_for(policy: str, machine: Machine) -> None:
 def test_an_unknown_policy_is_refused(machine: Machine) -> None:
     with pytest.raises(LaunchError, match="--mem-policy 'striped' is unknown; choose from auto, bind"):
         plan_ranks(read_topology(machine("2arm-2c")), 1, Options(mem_policy="striped"))
+
+
+def test_cpus_of_an_offline_node_have_the_memory_of_their_socket(tmp_path: Path) -> None:
+    """Two sockets of two nodes; node 0 is offline."""
+    root = sysfs_writer.write(sysfs_writer.Host(packages=2, cores_of_nodes=(2, 2)), tmp_path)
+    (root / "sys/devices/system/node/online").write_text("1-3\n")
+    topology = read_topology(root)
+    plan = plan_ranks(topology, 4)
+    assert [(rank.nodes, rank.mem_nodes) for rank in plan.ranks] == [
+        ((), (1,)),
+        ((1,), (1,)),
+        ((2,), (2,)),
+        ((3,), (3,)),
+    ]
+    (warning,) = plan.warnings
+    assert warning == "rank 0 computes on CPUs that no online node has; memory goes to node 1"
+    check_plan(topology, 4, plan)
+    (whole,) = plan_ranks(topology, 1).ranks
+    assert (whole.nodes, whole.mem_nodes) == ((1, 2, 3), (1, 2, 3))
+    assert "on CPUs that no online node has" in plan_ranks(topology, 1).warnings[0]
+
+
+def test_nodes_without_memory_are_told_from_forbidden_ones(tmp_path: Path) -> None:
+    """The kernel allows no node that holds no memory."""
+    host = sysfs_writer.Host(cores_of_nodes=(2, 2, 2), memoryless=(0,), mem_nodes=(2,))
+    plan = plan_ranks(read_topology(sysfs_writer.write(host, tmp_path)), 3)
+    assert plan.warnings[0] == "node 0, where rank 0 computes, holds no memory; memory goes to node 2"
+    assert plan.warnings[1].startswith("node 1, where rank 1 computes, may not be used for memory")
+
+
+def test_a_kernel_without_nodes_has_no_policy(machine: Machine) -> None:
+    topology = read_topology(machine("2arm-2c"))
+    (rank,) = plan_ranks(topology, 1, Options(strict=True)).ranks
+    assert (rank.mem_policy, rank.mem_nodes) == ("none", ())
+    asked = plan_ranks(topology, 1, Options(mem_policy="bind"))
+    assert asked.warnings == ("this kernel has no NUMA nodes, so --mem-policy bind does nothing",)
 
 
 def test_placements_survive_their_json(machine: Machine) -> None:
