@@ -107,7 +107,7 @@ class Agent(LocalElasticAgent):
             world_size,
             self._say,
             self._rendezvous_handler.news,
-            self._own_nodes is not None,
+            self._tell_memory if self._own_nodes is not None else None,
         )
         self._watch.begin(pids, {worker.local_rank: worker.global_rank for worker in worker_group.workers})
         for signum in _ENDING_SIGNALS:
@@ -146,11 +146,15 @@ class Agent(LocalElasticAgent):
         if self._watch is not None:
             self._watch.stop()
             self.failure = self.failure or self._watch.failure
-            for local_rank, found in self._watch.residencies().items():
-                if self._own_nodes is not None:
-                    rank = self._worker_group.workers[local_rank].global_rank
-                    output.say(residency.describe(rank, found, self._own_nodes[local_rank]))
+            if self._own_nodes is not None:
+                for local_rank, found in self._watch.residencies().items():
+                    self._tell_memory(local_rank, found, "at the end")
             self._watch = None
+
+    def _tell_memory(self, local_rank: int, found: residency.Residency | None, when: str = "loaded") -> None:
+        assert self._own_nodes is not None
+        rank = self._worker_group.workers[local_rank].global_rank
+        output.say(residency.describe(when, rank, found, self._own_nodes[local_rank]))
 
     def _say(self, failure: Failure) -> None:
         if not failure.elsewhere:

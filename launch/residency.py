@@ -1,7 +1,8 @@
 """Where ranks' memory really lies: pages by node from /proc/PID/numa_maps, for --verify-placement.
 
 The launcher samples each rank from outside, whatever the rank runs: when its resident size has stopped
-growing (weights are loaded) the maps are read once, since reading them walks all page tables.
+growing (weights are loaded) the maps are read once, since reading them walks all page tables. Counted
+are resident pages of mappings of 1 MiB and more, libraries and programs left out: weights, cache, arenas.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ from .sysfs import format_list
 _PAGE_BYTES = 4096
 # Mappings below this size are code, stacks and small heaps, not weights.
 _MIN_MAPPING_BYTES = 1 << 20
-_SETTLED_RATIO, _WORTH_RATIO = 1.02, 1.1
+_SETTLED_RATIO, _WORTH_RATIO, _NEWS_RATIO = 1.02, 1.1, 2.0
+# Loaded is what has not grown for so many looks (a rank may wait a moment for a disk).
+_LOADED_LOOKS = 8
+_MIN_LOADED_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -60,13 +64,26 @@ class Sampler:
         self._pid = pid
         self._previous = 0
         self._sampled_at = 0
+        self._settled_looks = 0
+        self._told_bytes = 0
         self.residency: Residency | None = None
+
+    def news(self) -> Residency | None:
+        """The residency when it is first seen loaded, and again each time it has doubled; else None."""
+        found = self.residency
+        if found is None or self._settled_looks < _LOADED_LOOKS:
+            return None
+        if found.total < max(_MIN_LOADED_BYTES, _NEWS_RATIO * self._told_bytes):
+            return None
+        self._told_bytes = found.total
+        return found
 
     def sample(self) -> None:
         """Look at the resident size, and read the maps if it is settled and larger than when last read."""
         try:
             resident = int(Path(f"/proc/{self._pid}/statm").read_text().split()[1])
             settled = resident <= self._previous * _SETTLED_RATIO
+            self._settled_looks = self._settled_looks + 1 if settled else 0
             if settled and resident > self._sampled_at * _WORTH_RATIO:
                 with Path(f"/proc/{self._pid}/numa_maps").open() as maps:
                     found = parse_numa_maps(maps)
@@ -78,8 +95,8 @@ class Sampler:
         self._previous = resident
 
 
-def describe(rank: int, residency: Residency | None, nodes: tuple[int, ...]) -> str:
-    """One line for the user."""
+def describe(when: str, rank: int, residency: Residency | None, nodes: tuple[int, ...]) -> str:
+    """One line for the user; `when` it was seen: loaded, at the end."""
     if residency is None:
         return (
             f"placement of rank {rank}: not seen (it ended too soon, or /proc/PID/numa_maps cannot be read)"
@@ -88,4 +105,7 @@ def describe(rank: int, residency: Residency | None, nodes: tuple[int, ...]) -> 
     share = residency.share_on(nodes)
     where = f"node{'s' if len(nodes) != 1 else ''} {format_list(nodes)}" if nodes else "no node of its own"
     total = f"{residency.total / 2**20:.0f} MiB"
-    return f"placement of rank {rank}: {share:.1%} of {total} on {where} ({spread or 'none'})"
+    return (
+        f"placement of rank {rank}, {when}: {share:.1%} of {total} on {where} ({spread or 'none'}; resident "
+        "pages of mappings of 1 MiB and more, libraries left out)"
+    )

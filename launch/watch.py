@@ -74,16 +74,18 @@ class Watch(threading.Thread):
         world_size: int,
         say: Callable[[Failure], None],
         news: Callable[[], tuple[str, int] | None],
-        sample_memory: bool,
+        tell_memory: Callable[[int, residency.Residency], None] | None,
     ) -> None:
-        """say: called once with the failure. news: a failure on another host, as (sentence, exit code)."""
+        """say: called once with the failure. news: a failure on another host, as (sentence, exit code).
+        tell_memory: called with a local rank and where its memory lies, once that is loaded.
+        """
         super().__init__(name="tp-launch watch", daemon=True)
         self.failure: Failure | None = None
         self._output = ranks_output
         self._world_size = world_size
         self._say = say
         self._news = news
-        self._sample_memory = sample_memory
+        self._tell_memory = tell_memory
         self._ranks: dict[int, _Rank] = {}
         self._signs: dict[int, _Sign] = {}
         self._warned: set[str] = set()
@@ -187,8 +189,11 @@ class Watch(threading.Thread):
         for rank in self._ranks.values():
             if rank.ended:
                 continue
-            if self._sample_memory:
+            if self._tell_memory is not None:
                 rank.sampler.sample()
+                found = rank.sampler.news()
+                if found is not None:
+                    self._tell_memory(rank.local_rank, found)
             state = process.state(rank.pid)
             if state in ("Z", "X", None) and rank.pidfd is None:
                 self._on_end(rank)

@@ -1,8 +1,9 @@
-"""Each rank writes what it finds itself placed as to FOLDER/RANK.json: placed.py FOLDER [all-reduce]."""
+"""Each rank writes what it finds itself placed as to FOLDER/RANK.json: placed.py FOLDER [all-reduce] [hold]."""
 
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 assert "torch" not in sys.modules, "torch before the placement"
@@ -43,3 +44,6 @@ if "all-reduce" in sys.argv:
     }
     dist.destroy_process_group()
 (Path(sys.argv[1]) / f"{os.environ['RANK']}.json").write_text(json.dumps(facts))
+if "hold" in sys.argv:
+    memory = bytearray(os.urandom(1 << 20)) * 64
+    time.sleep(1.5)
