@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
 from .sysfs import SysRoot
 
@@ -38,16 +37,15 @@ def _is_usable(root: SysRoot, address: str, vendor: int) -> bool:
     A container may be given some of them, or none: the driver's files tell, on the running host. The
     tree of another host may lack them.
     """
-    live = root.root == Path("/")
     if vendor == _NVIDIA:
         minor = re.search(r"Device Minor:\s*(\d+)", root.read(information_file(address)) or "")
         if minor is not None:
             return root.exists(f"/dev/nvidia{minor[1]}")
         # Some sandboxes hand devices in and hide the driver's /proc files.
         hidden = root.exists("/dev/nvidiactl") and not root.listdir(_NVIDIA_CARDS)
-        return hidden or not live
+        return hidden or not root.is_live
     if vendor == _AMD:
-        return root.exists("/dev/kfd") or not live
+        return root.exists("/dev/kfd") or not root.is_live
     return True
 
 

@@ -50,6 +50,7 @@ class SysRoot:
 
     def __init__(self, root: str | os.PathLike[str] = "/") -> None:
         self.root = Path(root)
+        self.is_live = self.root == Path("/")  # the running host, not another one's files
         self._prefix = str(self.root).rstrip("/")
 
     def path(self, name: str) -> Path:

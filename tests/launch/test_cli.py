@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import resource
 import subprocess
 import sys
 import tarfile
@@ -12,8 +14,9 @@ from pathlib import Path
 import pytest
 from tp_testing import sysfs_writer
 
-from tp_runtime.launch import cli, doctor, preload, residency
+from tp_runtime.launch import capture, cli, doctor, pci, preload, residency
 from tp_runtime.launch.placement import plan_ranks
+from tp_runtime.launch.sysfs import SysRoot
 from tp_runtime.launch.topology import read_topology
 
 Machine = Callable[[str], Path]
@@ -101,6 +104,7 @@ def test_no_torch(words: list[str]) -> None:
         (["--cpus", "a-b", "x.py"], "'a-b' is no list of CPUs such as 0-15,32"),
         (["--mem-policy", "striped", "--dry-run"], "--mem-policy 'striped' is unknown"),
         (["--numa-strict", "x.py"], "add --numa"),
+        (["doctor", "--foo"], "unrecognized arguments: --foo; see tp-launch doctor --help"),
         (["--sysroot", "/nowhere", "--dry-run"], "describes no CPU; --sysroot wants"),
         (["--rdzv-endpoint", "a:1", "x.py"], "add --nnodes N and --node-rank"),
         (["--nnodes", "2", "SCRIPT"], "every host needs the same HOST:PORT of node 0"),
@@ -135,10 +139,37 @@ def test_capture_names_no_user_or_program(tmp_path: Path) -> None:
     assert b"environ" not in text and b"cmdline" not in text
 
 
-def test_a_gpu_host_survives_capture(machine: Machine, tmp_path: Path) -> None:
-    from tp_runtime.launch import capture
-    from tp_runtime.launch.sysfs import SysRoot
+def test_capture_holds_what_doctor_and_plans_read_and_no_serial_number(tmp_path: Path) -> None:
+    root = sysfs_writer.write(sysfs_writer.Host(packages=2, gpu_nodes=(1, 0)), tmp_path / "there")
+    for name, text in {
+        "proc/driver/nvidia/gpus/0000:10:00.0/information": "Model: \t X\nGPU UUID: \t GPU-1-2\n"
+        "Device Minor: \t 0\n",
+        "proc/driver/nvidia/gpus/0000:20:00.0/information": "GPU UUID: \t GPU-3-4\nDevice Minor: \t 1\n",
+        "dev/nvidia1": "",  # the container was given the second GPU alone
+        "proc/cpuinfo": "processor: 0\nflags\t\t: fpu avx2 avx512_bf16\nSerial\t: 1234cafe",
+        "proc/sys/kernel/numa_balancing": "1",
+        "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor": "powersave",
+        "sys/kernel/mm/transparent_hugepage/enabled": "always madvise [never]",
+        "sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages": "12",
+    }.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text + "\n")
+    capture.write(tmp_path / "host.tar", SysRoot(root))
+    with tarfile.open(tmp_path / "host.tar") as tar:
+        tar.extractall(tmp_path, filter="tar")
+    there, here = read_topology(tmp_path / "host"), read_topology(root)
+    assert there == here and [gpu.node for gpu in there.gpus] == [0]
+    subjects = ("CPU governor", "transparent huge pages", "CPU features", "automatic NUMA balancing")
+    lines = [
+        [f.line() for f in doctor.examine(r) if f.subject in subjects] for r in (tmp_path / "host", root)
+    ]
+    assert len(lines[0]) == 4 and lines[0] == lines[1]
+    assert (tmp_path / "host/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages").read_text() == "12\n"
+    archive = (tmp_path / "host.tar").read_bytes()
+    assert b"GPU-" not in archive and b"1234cafe" not in archive
 
+
+def test_a_gpu_host_survives_capture(machine: Machine, tmp_path: Path) -> None:
     capture.write(tmp_path / "gpus.tar", SysRoot(machine("8 GPUs")))
     with tarfile.open(tmp_path / "gpus.tar") as tar:
         tar.extractall(tmp_path, filter="tar")
@@ -174,6 +205,43 @@ def test_doctor_of_this_host(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(line.startswith(("ok    ", "slow  ")) for line in lines)
 
 
+def test_a_card_without_its_driver_is_no_gpu_here(tmp_path: Path) -> None:
+    """A container without --gpus sees all cards on the bus; another host's tree may lack the driver's files."""
+    tree = sysfs_writer.write(sysfs_writer.Host(gpu_nodes=(0, 0)), tmp_path)
+    assert len(pci.read_gpus(SysRoot(tree))) == 2
+
+    class Live(SysRoot):
+        """The tree as if it were the running host's."""
+
+        def __init__(self) -> None:
+            super().__init__(tree)
+            self.is_live = True
+
+    root = Live()
+    assert pci.read_gpus(root) == ()
+    (tree / "dev").mkdir()
+    for name in ("nvidiactl", "nvidia1"):
+        (tree / "dev" / name).touch()
+    assert len(pci.read_gpus(root)) == 2, "a sandbox that hides the driver's files"
+    information = tree / "proc/driver/nvidia/gpus/0000:20:00.0/information"
+    information.parent.mkdir(parents=True)
+    information.write_text("Device Minor: \t 1\n")
+    assert [gpu.address for gpu in pci.read_gpus(root)] == ["0000:20:00.0"]
+
+
+def test_a_dry_run_takes_less_than_half_a_second() -> None:
+    """The whole process, the best of three, in processor seconds: it waits for nothing but other work here."""
+    seconds = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        words = [sys.executable, "-c", TORCHLESS, "--nproc", "2", "--dry-run", "--json"]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime)
+        assert len(json.loads(done.stdout)["ranks"]) == 2
+    assert 0 < min(seconds) < 0.5, seconds
+
+
 def test_preloads_are_found_by_path(tmp_path: Path) -> None:
     assert preload.find((str(tmp_path),)) == preload.Preload()
     for name in ("libjemalloc.so.2", "libtcmalloc.so.4", "libiomp5.so"):
@@ -194,7 +262,24 @@ def test_share_of_pages_on_own_nodes() -> None:
     )
     assert found.total == (1024 << 12) + (4 << 21)
     assert found.share_on((0,)) == 0.75
-    assert residency.describe(1, found, (0,)) == (
-        "placement of rank 1: 75.0% of 12 MiB on node 0 (node 0 9 MiB, node 1 3 MiB)"
+    assert residency.describe("loaded", 1, found, (0,)) == (
+        "placement of rank 1, loaded: 75.0% of 12 MiB on node 0 (node 0 9 MiB, node 1 3 MiB; resident pages "
+        "of mappings of 1 MiB and more, libraries left out)"
     )
-    assert "not seen" in residency.describe(1, None, (0,))
+    assert "not seen" in residency.describe("at the end", 1, None, (0,))
+
+
+def test_residency_is_news_once_it_stays_and_when_it_doubles() -> None:
+    """This process as a rank that holds 32 MiB, then 512 MiB more."""
+    held = [bytearray(os.urandom(1 << 20) * 32)]
+    sampler = residency.Sampler(os.getpid())
+    news = []
+    for size in (0, 512):
+        held.append(bytearray(b"x" * (size << 20)))
+        for _ in range(12):
+            sampler.sample()
+            news.append(sampler.news())
+    seen = [found.total for found in news if found is not None]
+    assert [i for i, found in enumerate(news) if found is not None][0] >= 7
+    assert seen[0] >= 32 << 20 and seen == sorted(set(seen)) and seen[-1] >= 512 << 20
+    assert len(seen) == 2 or seen[0] > 256 << 20
