@@ -1,7 +1,12 @@
 """Applying one rank's placement to the running process, before torch is imported, and checking it.
 
 CPUs are exact. A memory policy that the kernel or a container refuses falls back (weighted interleave
-to interleave, anything to preferred, then to CPUs alone), and each step is said once a job. No torch.
+to interleave, anything to preferred, then to CPUs alone), and each step is said once a job.
+
+The policy is the process's own (set_mempolicy), not one of ranges (mbind): it is set before the process
+has threads or weights, every thread inherits it, and it holds for whatever is touched first afterwards,
+wherever torch, the allocator or shared memory maps it. mbind would have to know each range and could do
+more only for pages touched before, of which there are none but files' in the page cache. No torch.
 """
 
 from __future__ import annotations

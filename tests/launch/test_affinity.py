@@ -67,6 +67,37 @@ def test_a_refused_policy_falls_back_step_by_step() -> None:
     assert json.loads(done.stdout)[1] == ["default", []]
 
 
+# A seccomp filter as container runtimes install it without SYS_NICE: set_mempolicy and mbind give EPERM.
+FORBID = """
+import ctypes, struct
+from tp_runtime.launch import mempolicy
+number = mempolicy._CALLS.get(mempolicy.platform.machine(), mempolicy._GENERIC_CALLS)[0]
+code = [(0x20, 0, 0, 0), (0x15, 0, 1, number), (0x06, 0, 0, 0x00050000 | 1), (0x06, 0, 0, 0x7FFF0000)]
+text = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in code))
+program = ctypes.create_string_buffer(struct.pack("HxxxxxxQ", len(code), ctypes.addressof(text)))
+libc = ctypes.CDLL(None, use_errno=True)
+assert libc.prctl(38, 1, 0, 0, 0) == 0
+assert libc.prctl(22, 2, program, 0, 0) == 0, ctypes.get_errno()
+"""
+
+
+def test_a_container_that_forbids_memory_policies() -> None:
+    """bind, then preferred, then CPUs alone; with --numa-strict one sentence."""
+    (rank,) = plan_ranks(read_topology(), 1).ranks
+    wanted = json.dumps({**rank.to_dict(), "mem_policy": "bind"})
+    done = in_child(FORBID + APPLY, TP_PLACEMENT=wanted)
+    nodes = ",".join(map(str, rank.mem_nodes))
+    lines = done.stderr.splitlines()
+    assert [line.partition("memory policy ")[2] for line in lines] == [
+        f"bind on nodes {nodes} is refused here (Operation not permitted); trying preferred",
+        f"preferred on nodes {nodes} is refused here (Operation not permitted); only CPUs are bound",
+    ]
+    cpus, in_maps, _, _ = json.loads(done.stdout)
+    assert (cpus, in_maps) == (list(rank.cpus), ["default", []])
+    strict = in_child(FORBID + APPLY.replace('"strict" in sys.argv', "True"), TP_PLACEMENT=wanted)
+    assert "LaunchError: --numa-strict: memory policy bind on nodes" in strict.stderr
+
+
 def test_weighted_interleave_falls_back_where_the_kernel_lacks_it(monkeypatch: pytest.MonkeyPatch) -> None:
     tried = []
 
