@@ -12,6 +12,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from .. import env
 from . import schedulers
 from .sysfs import parse_list
 
@@ -30,13 +31,14 @@ class Neighbours:
 def find(allowed_cpus: tuple[int, ...]) -> Neighbours:
     """Ranks of other jobs that may run on some of the allowed CPUs.
 
-    Not those of this process's own job, where a scheduler started it: they have the same parent, or the
-    same job in their environment.
+    Not those of this process's own job, where it is a rank that a scheduler started: they have the same
+    parent, or the same job in their environment.
     """
     cpus: set[int] = set()
     bound: list[int] = []
     unbound: list[int] = []
     own_job = schedulers.job_name(os.environ)
+    own_parent = os.getppid() if env.is_set("RANK") else 0
     for entry in os.listdir("/proc"):
         if not entry.isdigit() or int(entry) == os.getpid():
             continue
@@ -49,7 +51,7 @@ def find(allowed_cpus: tuple[int, ...]) -> Neighbours:
             continue  # it ended meanwhile
         environ = _environ(entry)
         parent = re.search(r"^PPid:\s*(\d+)", status, re.MULTILINE)
-        if os.getppid() and parent is not None and int(parent[1]) == os.getppid():
+        if own_parent and parent is not None and int(parent[1]) == own_parent:
             continue
         if own_job is not None and schedulers.job_name(environ) == own_job:
             continue

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from tp_testing.jobs import SCRIPTS, Launch, Outcome
+from tp_testing.jobs import REPOSITORY, SCRIPTS, Launch, Outcome
 
 LIMIT_S = 10.0
 HOST = socket.gethostname()
@@ -48,6 +48,15 @@ ENDS = {
 }
 
 
+def end_after_arrival(job: Launch, folder: Path, attempt: int = 0) -> Outcome:
+    """The end, within the limit from the moment rank 1 reached its stage and did what it does."""
+    deadline = time.monotonic() + 60.0
+    while not (folder / f"rank1.attempt{attempt}").exists():
+        assert job.process.poll() is None and time.monotonic() < deadline, "rank 1 did not get there"
+        time.sleep(0.02)
+    return job.wait(LIMIT_S)
+
+
 @pytest.mark.parametrize(
     ("action", "stage"),
     [
@@ -62,7 +71,7 @@ ENDS = {
 def test_a_rank_ends_by_itself(action: str, stage: str, tmp_path: Path) -> None:
     code, sentence = ENDS[action]
     job = launch(tmp_path, stage, action)
-    outcome = job.wait(LIMIT_S + 20.0)
+    outcome = end_after_arrival(job, tmp_path)
     assert (outcome.code, first_sentence(outcome)) == (code, sentence)
     assert ("Traceback" in outcome.stderr) == (
         action == "raise" or stage == "decode" and "peer" in outcome.stderr
@@ -133,6 +142,41 @@ def test_the_launcher_is_told_to_end(signum: int, code: int, tmp_path: Path) -> 
     assert job.leftovers(facts) == []
 
 
+@pytest.mark.parametrize("moment", ["torch loads", "hosts are awaited"])
+def test_ctrl_c_before_there_are_ranks(moment: str, tmp_path: Path) -> None:
+    words = ["--nnodes", "2", "--node-rank", "0", "--rdzv-endpoint", f"127.0.0.1:{free_port()}"]
+    variables = {}
+    if moment == "torch loads":
+        words = []
+        (tmp_path / "modules" / "torch").mkdir(parents=True)
+        (tmp_path / "modules" / "torch" / "__init__.py").write_text(
+            f"import time\nopen({str(tmp_path / 'loading')!r}, 'w').close()\ntime.sleep(60)\n"
+        )
+        variables["PYTHONPATH"] = os.pathsep.join([str(tmp_path / "modules"), str(REPOSITORY)])
+    job = Launch([*words, str(SCRIPTS / "stages.py"), str(tmp_path)], tmp_path, **variables)
+    deadline = time.monotonic() + 60.0
+    while not ((tmp_path / "loading").exists() if moment == "torch loads" else listens(words[-1])):
+        assert job.process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    job.process.send_signal(signal.SIGINT)
+    outcome = job.wait(LIMIT_S)
+    assert outcome.code == 130
+    assert "Traceback" not in outcome.stderr, outcome.stderr
+    assert job.leftovers([]) == []
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def listens(endpoint: str) -> bool:
+    host, _, port = endpoint.partition(":")
+    with socket.socket() as probe:
+        return probe.connect_ex((host, int(port))) == 0
+
+
 def test_a_second_ctrl_c_does_not_wait(tmp_path: Path) -> None:
     """Ranks that ignore SIGINT and SIGTERM are given the grace period, unless asked twice."""
     job = launch(tmp_path, "import", "deaf", "all", ("--grace-period", "60"))
@@ -155,7 +199,7 @@ def test_deaf_ranks_are_killed_after_the_grace_period(tmp_path: Path) -> None:
 
 def test_the_restart_budget_is_used_up(tmp_path: Path) -> None:
     job = launch(tmp_path, "import", "exit3", options=("--max-restarts", "1"))
-    outcome = job.wait(LIMIT_S + 20.0)
+    outcome = end_after_arrival(job, tmp_path, attempt=1)
     assert outcome.code == 3
     assert outcome.sentences == [
         f"error: rank 1 of 2 on {HOST} exited with code 3; restart 1 of 1",
@@ -166,8 +210,10 @@ def test_the_restart_budget_is_used_up(tmp_path: Path) -> None:
 
 
 def test_the_script_is_missing(tmp_path: Path) -> None:
-    outcome = Launch(["--nproc", "2", "nowhere.py"], tmp_path).wait(LIMIT_S)
+    job = Launch(["--nproc", "2", "nowhere.py"], tmp_path)
+    outcome = job.wait(LIMIT_S)
     assert outcome.code == 2
+    assert job.leftovers([]) == []
     assert re.fullmatch(
         r"error: script 'nowhere.py' is no file here \(.*give the path of a Python file\n", outcome.stderr
     )
@@ -179,8 +225,10 @@ def test_the_port_is_busy(tmp_path: Path) -> None:
         taken.listen()
         endpoint = f"127.0.0.1:{taken.getsockname()[1]}"
         words = ["--nnodes", "2", "--node-rank", "0", "--rdzv-endpoint", endpoint]
-        outcome = Launch([*words, str(SCRIPTS / "stages.py")], tmp_path).wait(LIMIT_S + 10.0)
+        job = Launch([*words, str(SCRIPTS / "stages.py")], tmp_path)
+        outcome = job.wait(LIMIT_S + 10.0)  # torch is loaded first
     assert outcome.code == 2
+    assert job.leftovers([]) == []
     assert f"--rdzv-endpoint {endpoint}: port {endpoint.partition(':')[2]} is taken" in outcome.stderr
     assert len(outcome.stderr.splitlines()) == 1
 

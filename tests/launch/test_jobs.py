@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,9 @@ from typing import Any
 
 import pytest
 from tp_testing.jobs import COMMAND, REPOSITORY, SCRIPTS, Launch
+
+from tp_runtime.launch import neighbours
+from tp_runtime.launch.topology import read_topology
 
 START_S = 60.0
 
@@ -37,6 +41,7 @@ def test_two_ranks_are_placed_as_planned(tmp_path: Path) -> None:
         str(SCRIPTS / "placed.py"),
         str(tmp_path),
         "all-reduce",
+        "hold",
     ]
     outcome = Launch(words, tmp_path).wait(START_S)
     assert outcome.code == 0, outcome.stderr
@@ -46,8 +51,11 @@ def test_two_ranks_are_placed_as_planned(tmp_path: Path) -> None:
         assert found["threads"] == planned["threads"] == int(found["environ"]["OMP_NUM_THREADS"])
         assert json.loads(found["environ"]["TP_PLACEMENT"]) == planned
         assert found["sum"] == 2
-    reports = [line for line in outcome.stderr.splitlines() if line.startswith("placement of rank")]
-    assert len(reports) == 2 and all("100.0%" in line or "not seen" in line for line in reports), reports
+    for rank in range(2):
+        reports = re.findall(
+            rf"^placement of rank {rank}, at the end: 100\.0% of (\d+) MiB on node", outcome.stderr, re.M
+        )
+        assert len(reports) == 1 and int(reports[0]) >= 64, outcome.stderr
 
 
 def test_without_numa_only_threads_are_set_and_words_arrive_unchanged(tmp_path: Path) -> None:
@@ -106,6 +114,44 @@ def test_two_jobs_do_not_collide_and_listen_on_loopback_only(tmp_path: Path) -> 
         job.process.send_signal(signal.SIGTERM)
         assert job.wait(10.0).code == 143
         assert job.leftovers(pair) == []
+
+
+def test_two_jobs_with_numa_are_told_of_each_other(tmp_path: Path) -> None:
+    """The first holds all cores of this host, or as many as ranks may have; the second says so."""
+    ranks = len(read_topology().allowed_cpus)
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+    words = ["--nproc", str(ranks), "--numa", str(SCRIPTS / "stages.py")]
+    first = Launch([*words, str(tmp_path / "first"), "import", "wait", "0"], tmp_path / "first")
+    facts = first.facts(ranks, timeout=2 * START_S)
+    found = neighbours.find(read_topology().allowed_cpus)
+    assert {fact["pid"] for fact in facts} <= set(found.pids)
+    assert set(found.cpus) == set(read_topology().allowed_cpus)
+    second = Launch([*words, str(tmp_path / "second"), "import", "exit3", "all"], tmp_path / "second")
+    outcome = second.wait(2 * START_S)
+    assert "warning: ranks of another job hold CPUs" in outcome.stderr
+    assert "both jobs share cores and slow each other down" in outcome.stderr
+    first.process.send_signal(signal.SIGTERM)
+    assert first.wait(10.0).code == 143
+
+
+def test_unbound_ranks_are_neighbours_as_well(tmp_path: Path) -> None:
+    """A rank alone, as its launcher starts it without --numa."""
+    (tmp_path / "sleep.py").write_text(
+        "import time\nfrom pathlib import Path\nPath('here').touch()\ntime.sleep(60)\n"
+    )
+    command = [sys.executable, "-u", "-m", "tp_runtime.launch.rank_main", "sleep.py"]
+    with subprocess.Popen(command, cwd=tmp_path) as rank:
+        deadline = time.monotonic() + START_S
+        while not (tmp_path / "here").exists():
+            assert rank.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+        found = neighbours.find(read_topology().allowed_cpus)
+        words = [*COMMAND, "--dry-run"]
+        plan = subprocess.run(words, capture_output=True, text=True, timeout=START_S, check=True).stdout
+        rank.kill()
+    assert rank.pid in found.unbound_pids and rank.pid not in found.pids
+    assert "of another job run here on any core" in plan
 
 
 def listening_addresses(pid: int) -> list[str]:

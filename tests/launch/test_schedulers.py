@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from tp_runtime.errors import LaunchError
 from tp_runtime.launch import schedulers
+from tp_runtime.launch.topology import read_topology
 
 SLURM = {
     "SLURM_PROCID": "5",
@@ -44,6 +47,7 @@ def test_srun_over_several_hosts() -> None:
     assert 20000 <= int(port) < 32000
     assert schedulers.adopt({**SLURM, "SLURM_PROCID": "0"})["MASTER_PORT"] == port
     assert schedulers.adopt({**SLURM, "SLURM_STEP_ID": "4"})["MASTER_PORT"] != port
+    assert schedulers.adopt({**SLURM, "SLURM_RESTART_COUNT": "1"})["MASTER_PORT"] != port, "requeued"
     assert schedulers.adopt({**SLURM, "SLURM_NODEID": "3"})["LOCAL_WORLD_SIZE"] == "1"
     told = schedulers.adopt({**SLURM, "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "4000"})
     assert (told["MASTER_ADDR"], told["MASTER_PORT"]) == ("10.0.0.1", "4000")
@@ -62,6 +66,56 @@ def test_mpirun_on_one_host_meets_in_a_private_file(
     folder.chmod(0o755)
     with pytest.raises(LaunchError, match="open to other users"):
         schedulers.adopt(environ)
+
+
+def test_a_killed_jobs_file_is_removed_by_whoever_comes_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    environ = {**HYDRA, "PMI_JOBID": "7"}
+    path = Path(schedulers.adopt(environ)["TP_STORE_FILE"])
+    path.write_text("of this job: a rank was faster")
+    assert schedulers.adopt(environ)["TP_STORE_FILE"] == str(path) and path.exists()
+    os.utime(path, (time.time() - 3600, time.time() - 3600))
+    assert schedulers.adopt(environ)["TP_STORE_FILE"] == str(path) and not path.exists()
+
+
+PLACED = """
+import json, os, sys
+sys.argv = ["x", "script.py"]
+from tp_runtime.launch import neighbours, preload, rank_main
+found = neighbours.Neighbours(cpus=(), pids=(), unbound_pids=(1, 2))
+neighbours.find = lambda allowed: found
+preload.find = lambda: preload.Preload((), (("KMP_BLOCKTIME", "1"),))
+os.environ.update(TP_NUMA="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="2", RANK="0")
+placement = rank_main._own_placement(["script.py"])
+print(json.dumps(placement.to_dict()))
+"""
+
+
+def own_placement(setup: str = "") -> subprocess.CompletedProcess[str]:
+    environ = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
+    words = [sys.executable, "-c", setup + PLACED]
+    return subprocess.run(words, capture_output=True, text=True, timeout=60, env=environ, check=True)
+
+
+def test_a_rank_of_mpirun_plans_as_tp_launch_would() -> None:
+    done = own_placement()
+    assert len(json.loads(done.stdout)["cpus"]) == max(1, len(read_topology().cores) // 2)
+    assert "2 ranks of another job run here on any core" in done.stderr
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one CPU cannot be bound to fewer")
+def test_only_a_rank_with_other_cpus_than_its_parent_was_bound_by_its_scheduler() -> None:
+    """taskset mpirun: parent and ranks have the same few CPUs, which the ranks share out."""
+    first = min(os.sched_getaffinity(0))
+    bound = own_placement(f"import os; os.sched_setaffinity(0, {{{first}}})\n")
+    assert json.loads(bound.stdout)["cpus"] == [first] and "share" not in bound.stderr
+    both = f"import os, subprocess, sys; os.sched_setaffinity(0, {{{first}}})\n"
+    both += f"done = subprocess.run([sys.executable, '-c', {PLACED!r}]); sys.exit(done.returncode)\n"
+    shared = own_placement(both)
+    assert json.loads(shared.stdout)["cpus"] == [first]
+    assert "2 ranks share 1 usable core" in shared.stderr
 
 
 def test_no_scheduler_and_torchrun_are_left_alone() -> None:
