@@ -152,13 +152,10 @@ def _remove_leftover(path: Path) -> None:
 
     Whichever rank comes first removes it; the lock keeps a second from removing what the first has begun.
     """
-    lock = os.open(path.parent, os.O_RDONLY)
-    try:
+    with path.with_name("lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if path.exists() and time.time() - path.stat().st_mtime > _LEFTOVER_S:
             path.unlink()
-    finally:
-        os.close(lock)
 
 
 def _first_host(scheduler: Scheduler, environ: Mapping[str, str]) -> str:
