@@ -3,8 +3,10 @@
 read ceiling      the best that any of 1, 2, 4 and 8 streams a thread reads, in GB/s (10^9 bytes), over at
                   least CACHES_READ times the last-level cache, all ranks reading at once (their rates added
                   up). Taken before and after each case; the larger counts, so that a noisy neighbour during
-                  one of the readings cannot flatter the case.
-kernels           run over rotating copies of their weight, together as large as the memory of the ceiling.
+                  one of the readings cannot flatter the case. Another number of threads has its own.
+kernels           run over rotating copies of their weight, together as large as the memory of the ceiling,
+                  in a loop in C++, which is where the engine's step calls them. (Attention, whose calls take
+                  far longer, and the matmuls of many rows are called from Python.)
 weight bytes      of a token: the unsharded model's matmul weights and scales at the stated format, a tied
                   head once, no padding, no copies (engine/figures.py computes it).
 mbu               weight bytes x steps a second / read ceiling. A step makes one token of each row of the
@@ -13,7 +15,8 @@ cache resident    a model under CACHE_FACTOR times the last-level cache may live
 prefill share     operations done a second over the best oneDNN bf16 matmul of PREFILL_ROWS rows on the
                   model's own shapes, all ranks at once. Operations: the linears on every prompt token, the
                   head on the last one only; attention's own are left out, so the share is a lower bound.
-shapes            those the engine runs: q/k/v in one, o, gate and up in one, down, head; a rank's own part.
+shapes            those the engine runs: q/k/v in one, o, gate and up in one (with the SiLU and the product),
+                  down, head; a rank's own part, on fp32 activations that may be rounded as bf16's are.
 bits a weight     of a stored format, its scales included: what peers are compared at.
 """
 

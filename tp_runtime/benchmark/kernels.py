@@ -2,7 +2,8 @@
 
 definitions.py says what is measured. Shapes are divided over --worlds (default: this job's ranks); in a job
 of several ranks all run each case at once, rates and ceilings are their sums. Of many rows `share` is the
-rate over that of torch's bf16 linear (oneDNN) on the same shape, measured turn by turn.
+rate over that of torch's bf16 linear (oneDNN) on the same shape, measured turn by turn. Linears run as the
+engine's step runs them: from C++, on fp32 activations that may be rounded, gate and up with their SiLU.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ import statistics
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch import Tensor
 
 from ..kernels.attention import paged_attention
 from ..kernels.linear import PreparedWeight, prepare, prepare_plain, weight_only_linear
@@ -31,6 +33,8 @@ from .read import ReadCeiling, total
 _PASSES = 5
 _BLOCK_SIZE = 32  # tokens of a cache block, as the engine's
 _FEW_ROWS = 16
+_BLOCK_ROWS = 16  # of a packed weight; gate and up are joined where both are whole blocks
+_RANDOM_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -46,15 +50,13 @@ class Bench:
         if self.group is not None:
             dist.barrier(self.group)
 
-    def bandwidth(self, run: Callable[[], Any], read: int) -> dict[str, float]:
-        """Rate of `run`, which reads `read` bytes, between two readings of the ceiling."""
+    def bandwidth(self, seconds: Callable[[], float], read: int) -> dict[str, float]:
+        """Rate of what reads `read` bytes in `seconds()`, between two readings of the ceiling."""
         rates = []
         self.ceiling.start_case()
         for _ in range(_PASSES):
             self.start()
-            started = time.perf_counter()
-            run()
-            rates.append(total(read / (time.perf_counter() - started) / 1e9, self.group))
+            rates.append(total(read / seconds() / 1e9, self.group))
         self.ceiling.read()
         best, ceiling = max(rates), self.ceiling.best
         return {
@@ -65,19 +67,40 @@ class Bench:
         }
 
 
-def random_weight(quant: str, n: int, k: int) -> PreparedWeight:
-    """A prepared weight of random values."""
+def random_weight(quant: str, n: int, k: int, *, gated: bool = False) -> PreparedWeight:
+    """A prepared weight of random values, which repeat every few rows, as the engine prepares it.
+
+    gated: of gate over up; it stays two plain ones where the engine cannot join them either.
+    """
     layout = weight_format(quant)
+    shape = {"gated": gated and n % (2 * _BLOCK_ROWS) == 0, "round_activations": True}
     if layout is None:
-        return prepare_plain(torch.randn(n, k, dtype=torch.bfloat16))
+        values = _repeated(torch.randn(min(n, _RANDOM_ROWS), k, dtype=torch.bfloat16), n)
+        return replace(prepare_plain(values), **shape)
     group_size = layout.group_size or 0
     if layout.bits == 8:
-        q = torch.randint(-127, 128, (n, k), dtype=torch.int8)
+        q = _repeated(torch.randint(-127, 128, (min(n, _RANDOM_ROWS), k), dtype=torch.int8), n)
     else:
-        q = torch.randint(0, 256, (n, (k + 1) // 2), dtype=torch.uint8)
+        q = _repeated(torch.randint(0, 256, (min(n, _RANDOM_ROWS), (k + 1) // 2), dtype=torch.uint8), n)
     groups = -(-k // group_size) if group_size else 0
     scale = torch.rand(n, groups).half() if group_size else torch.rand(n)
-    return prepare(q, scale, None, bits=layout.bits, group_size=group_size, head=0, n=n, k=k)
+    weight = prepare(q, scale, None, bits=layout.bits, group_size=group_size, head=0, n=n, k=k)
+    return replace(weight, **shape)
+
+
+def _repeated(rows: Tensor, n: int) -> Tensor:
+    """`n` rows made of these, over and over."""
+    return rows.repeat(-(-n // len(rows)), 1)[:n]
+
+
+def linear_seconds(x: Tensor, weights: Sequence[PreparedWeight]) -> tuple[Tensor, float]:
+    """Run x through each of the weights, copies of one, in a loop in C++: the last result and the seconds."""
+    w = weights[0]
+    assert w.kind == "cpu", f"a weight of kind {w.kind!r} is not run from C++"
+    shape = (w.n, w.k, w.bits, w.group_size, w.head, w.asymmetric, w.gated, w.round_activations)
+    packed = [weight.tensors[0] for weight in weights]
+    y, seconds = torch.ops.tp_cpu.linear_seconds(x, packed, w.channel_scale, *shape)
+    return y, float(seconds)
 
 
 def copies_of(weight: PreparedWeight, num_bytes: int) -> list[PreparedWeight]:
@@ -95,25 +118,30 @@ def few_rows(
     name: str, quant: str, n: int, k: int, rows: list[int], bench: Bench
 ) -> Iterator[dict[str, Any]]:
     """One shape at each row count."""
-    weights = copies_of(random_weight(quant, n, k), bench.num_bytes)
+    weights = copies_of(random_weight(quant, n, k, gated=_is_gated(name)), bench.num_bytes)
     read = sum(tensor.nbytes for weight in weights for tensor in weight.tensors)
     for count in rows:
-        x = torch.randn(count, k, dtype=torch.bfloat16)
+        x = torch.randn(count, k)
 
-        def run(x: torch.Tensor = x) -> None:
-            for weight in weights:
-                weight_only_linear(x, weight)
+        def seconds(x: Tensor = x) -> float:
+            return linear_seconds(x, weights)[1]
 
-        found = bench.bandwidth(run, read)
+        found = bench.bandwidth(seconds, read)
         yield _row(name, quant, weights[0].group_size, n, k, count) | found
+
+
+def _is_gated(name: str) -> bool:
+    return name.endswith("gate_up")
 
 
 def many_rows(name: str, quant: str, n: int, k: int, bench: Bench) -> dict[str, Any]:
     """One shape at PREFILL_ROWS rows, turn by turn with torch's bf16 linear."""
-    weight, plain = random_weight(quant, n, k), torch.randn(n, k, dtype=torch.bfloat16)
-    x = torch.randn(PREFILL_ROWS, k, dtype=torch.bfloat16)
+    weight = random_weight(quant, n, k, gated=_is_gated(name))
+    plain = _repeated(torch.randn(min(n, _RANDOM_ROWS), k, dtype=torch.bfloat16), n)
+    x = torch.randn(PREFILL_ROWS, k)
+    x_bf16 = x.bfloat16()
     taken: tuple[list[float], list[float]] = ([], [])
-    turns = (lambda: weight_only_linear(x, weight), lambda: F.linear(x, plain))
+    turns = (lambda: weight_only_linear(x, weight), lambda: F.linear(x_bf16, plain))
     for _ in range(2 * _PASSES + 1):
         for seconds, run in zip(taken, turns, strict=True):
             bench.start()
@@ -148,11 +176,13 @@ def attention(
     start = torch.tensor([0, 1], dtype=torch.int32)
     lens = torch.tensor([num_tokens], dtype=torch.int32)
 
-    def run() -> None:
+    def seconds() -> float:
+        started = time.perf_counter()
         for keys, values in caches:
             paged_attention(q, keys, values, table, start, lens, config.head_dim**-0.5)
+        return time.perf_counter() - started
 
-    found = bench.bandwidth(run, one * len(caches))
+    found = bench.bandwidth(seconds, one * len(caches))
     return _row(name, "bf16 cache", 0, heads * config.head_dim, num_tokens, 1) | found
 
 
@@ -195,10 +225,10 @@ def measure(args: Namespace, group: dist.ProcessGroup | None, *, speaks: bool) -
     num_bytes = args.bytes or ceiling_bytes()
     bench = Bench(ReadCeiling(num_bytes, group), num_bytes, group)
     most = torch.get_num_threads()
-    bench.ceiling.read()
     results: list[dict[str, Any]] = []
     for threads in args.threads or (most,):
         torch.set_num_threads(threads)
+        bench.ceiling.restart()
         for row in _cases(args, args.worlds or (world_size,), bench):
             results.append(row | {"world_size": world_size})
             if speaks:

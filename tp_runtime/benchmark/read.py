@@ -37,6 +37,11 @@ class ReadCeiling:
         """The largest reading so far, which is the one that counts."""
         return max(self.readings)
 
+    def restart(self) -> None:
+        """Forget all readings, which were another number of threads', and read."""
+        self.readings.clear()
+        self.read()
+
     def start_case(self) -> None:
         """Forget earlier readings but the last, which is the one before the case, and read again."""
         del self.readings[:-1]

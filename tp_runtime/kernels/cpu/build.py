@@ -24,6 +24,7 @@ _SOURCES = (
     ("attention_ops.cpp", ()),
     ("step.cpp", ()),
     ("host_ops.cpp", ()),
+    ("timing_ops.cpp", ()),
     ("memory.cpp", ()),
     ("many_rows_amx.cpp", _AMX),
     ("linear_avx512.cpp", _AVX512),
