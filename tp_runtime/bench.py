@@ -56,12 +56,13 @@ def _parse(argv: Sequence[str], *, in_job: bool) -> Options | int:
 
 def _measure(found: Options) -> None:
     """In a rank."""
-    from tp_runtime.benchmark.card import card, card_lines
+    from tp_runtime.benchmark.card import card, card_lines, load_average
 
+    load = load_average()
     document, speaks = _MEASURES[found.mode](found)
     if not speaks:
         return
-    document = {**document, "card": card()}
+    document = {**document, "card": card(load)}
     if "first_token_s" not in document:
         sys.stdout.write(card_lines(document["card"]) + "\n")
     if found.args.json:

@@ -17,8 +17,16 @@ from ..engine.figures import last_level_cache_bytes
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 
-def card() -> dict[str, Any]:
-    """Of this process's host, with the versions that are loaded; as JSON takes it."""
+def load_average() -> float:
+    """Of the last minute: above the threads of a measurement, something else ran beside it."""
+    return round(os.getloadavg()[0], 2)
+
+
+def card(load_at_start: float | None = None) -> dict[str, Any]:
+    """Of this process's host, with the versions that are loaded; as JSON takes it.
+
+    load_at_start: load_average() from before the measurement.
+    """
     import torch
 
     from ..kernels.cpu import build
@@ -30,7 +38,8 @@ def card() -> dict[str, Any]:
         "numa_nodes": len(list(Path("/sys/devices/system/node").glob("node[0-9]*"))) or 1,
         "last_level_cache_bytes": last_level_cache_bytes(),
         "memory_bytes": psutil.virtual_memory().total,
-        "load_average": round(os.getloadavg()[0], 2),
+        "load_average_at_start": load_at_start,
+        "load_average": load_average(),
         "isa": isa,
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -43,9 +52,11 @@ def card() -> dict[str, Any]:
 def card_lines(shown: dict[str, Any]) -> str:
     """The card for people, in two lines."""
     cache, memory = shown["last_level_cache_bytes"] / 2**20, shown["memory_bytes"] / 2**30
+    before = shown["load_average_at_start"]
+    load = f"{shown['load_average']}" if before is None else f"{before} to {shown['load_average']}"
     return (
         f"{shown['cpu']}, {shown['cpus']} CPUs, {shown['numa_nodes']} node(s), {cache:.0f} MiB last-"
-        f"level cache, {memory:.0f} GiB, load {shown['load_average']}\n"
+        f"level cache, {memory:.0f} GiB, load {load}\n"
         f"tp_runtime {shown['tp_runtime']} at {shown['commit'] or 'no commit'}, torch {shown['torch']}, "
         f"kernels {shown['isa'] or 'not built'}, {shown['date']}"
     )

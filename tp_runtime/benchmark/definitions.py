@@ -15,6 +15,8 @@ cache resident    a model under CACHE_FACTOR times the last-level cache may live
 prefill share     operations done a second over the best oneDNN bf16 matmul of PREFILL_ROWS rows on the
                   model's own shapes, all ranks at once. Operations: the linears on every prompt token, the
                   head on the last one only; attention's own are left out, so the share is a lower bound.
+all_reduce        in the step: a compiled chain of CHAIN dependent reductions, called from C++ (inductor's
+                  cpp_wrapper) as the engine's step calls them; its time over CHAIN, waiting included.
 shapes            those the engine runs: q/k/v in one, o, gate and up in one (with the SiLU and the product),
                   down, head; a rank's own part, on fp32 activations that may be rounded as bf16's are.
 bits a weight     of a stored format, its scales included: what peers are compared at.

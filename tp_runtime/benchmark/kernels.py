@@ -28,6 +28,7 @@ from ..layout import weight_format
 from ..models.config import ModelConfig
 from ..models.registry import find
 from .definitions import PREFILL_ROWS, ceiling_bytes, linears
+from .launching import Progress
 from .read import ReadCeiling, total
 
 _PASSES = 5
@@ -72,11 +73,14 @@ def random_weight(quant: str, n: int, k: int, *, gated: bool = False) -> Prepare
 
     gated: of gate over up; it stays two plain ones where the engine cannot join them either.
     """
+    joined = gated and n % (2 * _BLOCK_ROWS) == 0
+    return replace(_random_weight(quant, n, k), gated=joined, round_activations=True)
+
+
+def _random_weight(quant: str, n: int, k: int) -> PreparedWeight:
     layout = weight_format(quant)
-    shape = {"gated": gated and n % (2 * _BLOCK_ROWS) == 0, "round_activations": True}
     if layout is None:
-        values = _repeated(torch.randn(min(n, _RANDOM_ROWS), k, dtype=torch.bfloat16), n)
-        return replace(prepare_plain(values), **shape)
+        return prepare_plain(_repeated(torch.randn(min(n, _RANDOM_ROWS), k, dtype=torch.bfloat16), n))
     group_size = layout.group_size or 0
     if layout.bits == 8:
         q = _repeated(torch.randint(-127, 128, (min(n, _RANDOM_ROWS), k), dtype=torch.int8), n)
@@ -84,8 +88,7 @@ def random_weight(quant: str, n: int, k: int, *, gated: bool = False) -> Prepare
         q = _repeated(torch.randint(0, 256, (min(n, _RANDOM_ROWS), (k + 1) // 2), dtype=torch.uint8), n)
     groups = -(-k // group_size) if group_size else 0
     scale = torch.rand(n, groups).half() if group_size else torch.rand(n)
-    weight = prepare(q, scale, None, bits=layout.bits, group_size=group_size, head=0, n=n, k=k)
-    return replace(weight, **shape)
+    return prepare(q, scale, None, bits=layout.bits, group_size=group_size, head=0, n=n, k=k)
 
 
 def _repeated(rows: Tensor, n: int) -> Tensor:
@@ -198,24 +201,51 @@ def _row(name: str, quant: str, group: int, n: int, k: int, rows: int) -> dict[s
     }
 
 
-def _cases(args: Namespace, worlds: tuple[int, ...], bench: Bench) -> Iterator[dict[str, Any]]:
+@dataclass(frozen=True)
+class Case:
+    """One weight at all its row counts, or attention over `tokens`. world: ranks it is divided over."""
+
+    model: str
+    world: int
+    name: str
+    quant: str = ""
+    n: int = 0
+    k: int = 0
+    tokens: int = 0
+
+    @property
+    def label(self) -> str:
+        """As rows call it."""
+        return f"{self.model} tp{self.world} {self.name}"
+
+
+def _config(model: str) -> ModelConfig:
+    entry = find(model)
+    assert entry is not None, "the command line names known models only"
+    return entry.config
+
+
+def cases_of(args: Namespace, worlds: tuple[int, ...]) -> list[Case]:
     """Each shape and format once; several models and worlds may share one."""
-    few = [rows for rows in args.rows if rows <= _FEW_ROWS]
-    seen = set()
+    cases, seen = [], set()
     for model, world in itertools.product(args.models, worlds):
-        entry = find(model)
-        assert entry is not None, "the command line names known models only"
-        for (name, n, k), quant in itertools.product(linears(entry.config, world), args.quant):
-            if (n, k, quant) in seen:
-                continue
-            seen.add((n, k, quant))
-            label = f"{model} tp{world} {name}"
-            if few:
-                yield from few_rows(label, quant, n, k, few, bench)
-            if max(args.rows) > _FEW_ROWS:
-                yield many_rows(label, quant, n, k, bench)
-        for tokens in args.attention:
-            yield attention(f"{model} tp{world} attention", entry.config, world, tokens, bench)
+        for (name, n, k), quant in itertools.product(linears(_config(model), world), args.quant):
+            if (n, k, quant, _is_gated(name)) not in seen:
+                seen.add((n, k, quant, _is_gated(name)))
+                cases.append(Case(model, world, name, quant, n, k))
+        cases += [Case(model, world, "attention", tokens=tokens) for tokens in args.attention]
+    return cases
+
+
+def _rows_of(case: Case, rows: Sequence[int], bench: Bench) -> Iterator[dict[str, Any]]:
+    if case.tokens:
+        yield attention(case.label, _config(case.model), case.world, case.tokens, bench)
+        return
+    few = [count for count in rows if count <= _FEW_ROWS]
+    if few:
+        yield from few_rows(case.label, case.quant, case.n, case.k, few, bench)
+    if max(rows) > _FEW_ROWS:
+        yield many_rows(case.label, case.quant, case.n, case.k, bench)
 
 
 @torch.inference_mode()
@@ -226,13 +256,17 @@ def measure(args: Namespace, group: dist.ProcessGroup | None, *, speaks: bool) -
     bench = Bench(ReadCeiling(num_bytes, group), num_bytes, group)
     most = torch.get_num_threads()
     results: list[dict[str, Any]] = []
-    for threads in args.threads or (most,):
+    cases, counts = cases_of(args, args.worlds or (world_size,)), args.threads or (most,)
+    progress = Progress(len(cases) * len(counts))
+    for threads in counts:
         torch.set_num_threads(threads)
         bench.ceiling.restart()
-        for row in _cases(args, args.worlds or (world_size,), bench):
-            results.append(row | {"world_size": world_size})
+        for case in cases:
+            rows = list(_rows_of(case, args.rows, bench))
+            results += [row | {"world_size": world_size} for row in rows]
+            done = progress.step()
             if speaks:
-                sys.stdout.write(line(row) + "\n")
+                sys.stdout.write("".join(f"{line(row)}  {done}\n" for row in rows))
                 sys.stdout.flush()
     torch.set_num_threads(most)
     return results

@@ -6,8 +6,10 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import IO, Any
 
 from ..errors import LaunchError
 
@@ -20,6 +22,20 @@ class RunFailed(Exception):
     def __init__(self, code: int) -> None:
         super().__init__(f"the measurement ended with code {code}")
         self.code = code
+
+
+class Progress:
+    """How many of `total` steps are done, and how long the rest will take at their pace."""
+
+    def __init__(self, total: int) -> None:
+        self._total, self._done, self._started = total, 0, time.monotonic()
+
+    def step(self) -> str:
+        """One more is done; as "[3/12, 4 min left]"."""
+        self._done += 1
+        left = (time.monotonic() - self._started) / self._done * (self._total - self._done)
+        rest = f"{left / 60:.0f} min left" if left >= 60 else f"{left:.0f} s left"
+        return f"[{self._done}/{self._total}, {rest}]"
 
 
 def run_ranks(
@@ -61,24 +77,37 @@ def run_program(
         text=True,
         env={**os.environ, **(variables or {})},
     )
+    assert child.stdout is not None, "a pipe was asked for"
+    last = [""]
+    reader = threading.Thread(target=_pass_on, args=(child.stdout, last, quiet), daemon=True)
+    reader.start()
     try:
-        stdout, _ = child.communicate(timeout=timeout_s)
+        child.wait(timeout_s)
     except subprocess.TimeoutExpired:
         raise LaunchError(
             f"a measurement took longer than {timeout_s:g} s; raise --timeout, or measure less (--layers)"
         ) from None
     finally:
         _end(child)
+        reader.join(_GRACE_S)
     if child.returncode:
         raise RunFailed(child.returncode)
-    *lines, last = stdout.splitlines() or [""]
-    if lines and not quiet:
-        sys.stdout.write("\n".join(lines) + "\n")
-        sys.stdout.flush()
     try:
-        return dict(json.loads(last))
+        return dict(json.loads(last[0]))
     except ValueError:
-        raise LaunchError(f"a measurement ended without a document; its last line is {last[:80]!r}") from None
+        raise LaunchError(
+            f"a measurement ended without a document; its last line is {last[0][:80]!r}"
+        ) from None
+
+
+def _pass_on(stdout: IO[str], last: list[str], quiet: bool) -> None:
+    """Show a program's lines as they come, all but the last, which is left in last[0]."""
+    with stdout:
+        for line in stdout:
+            if last[0] and not quiet:
+                sys.stdout.write(last[0])
+                sys.stdout.flush()
+            last[0] = line
 
 
 def _end(child: subprocess.Popen[str]) -> None:

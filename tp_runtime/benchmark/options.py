@@ -20,6 +20,8 @@ from ..models import registry
 MODES = ("kernels", "collectives", "decode", "scaling", "peers")
 PEER_FORMATS = ("none", "int8", "int4")
 _COLLECTIVE_TIMEOUT_S = 600.0  # between runs a rank measures other things while its peers wait
+_ANY_TIMEOUT_S = 3600.0
+_TIMEOUT_S = {"kernels": 7200.0}  # one run has every shape of the models it is given
 OVERVIEW = """\
 usage: tp-bench {kernels,collectives,decode,scaling,peers} [options]
 
@@ -86,7 +88,7 @@ def parse(words: Sequence[str], *, in_job: bool) -> Options:
     parser = Parser(f"tp-bench {mode}", _DESCRIPTIONS[mode], _EXAMPLES[mode])
     _ADD[mode](parser)
     if not in_job:
-        _add_ranks(parser, "2" if mode == "collectives" else "1")
+        _add_ranks(parser, mode)
     args = parser.parse_args(list(words[1:]))
     _check_numbers(args)
     if mode in ("scaling", "peers") and args.batch > 1:
@@ -94,7 +96,8 @@ def parse(words: Sequence[str], *, in_job: bool) -> Options:
     return Options(mode, args, _engine(args) if mode in ("decode", "scaling", "peers") else None)
 
 
-def _add_ranks(parser: Parser, default: str) -> None:
+def _add_ranks(parser: Parser, mode: str) -> None:
+    default = "2" if mode == "collectives" else "1"
     group = parser.add_argument_group("ranks")
     group.add_argument(
         "--nproc",
@@ -104,7 +107,8 @@ def _add_ranks(parser: Parser, default: str) -> None:
         help=f"ranks, one run each (default: {default})",
     )
     group.add_argument("--no-numa", action="store_true", help="do not bind ranks to cores and memory")
-    group.add_argument("--timeout", type=float, default=3600.0, metavar="S", help="of one run (3600)")
+    limit = _TIMEOUT_S.get(mode, _ANY_TIMEOUT_S)
+    group.add_argument("--timeout", type=float, default=limit, metavar="S", help=f"of one run ({limit:g})")
     parser.set_defaults(default_nproc=counts(default))
 
 
