@@ -30,7 +30,7 @@ from dataclasses import dataclass
 
 from ..engine.figures import CACHE_FACTOR, last_level_cache_bytes
 from ..kernels.cpu.read_ceiling import CACHES_READ
-from ..layout import weight_format
+from ..layout import WeightFormat, weight_format
 from ..models.config import ModelConfig
 
 PREFILL_ROWS = 512
@@ -101,7 +101,12 @@ def cache_bytes_per_token(config: ModelConfig, num_tokens: int, dtype_bytes: int
 
 def bits_per_weight(quant: str) -> float:
     """Bits that a weight of this format takes; a scale a row counts as nothing beside its row."""
-    form = weight_format(quant)
+    return bits_of(weight_format(quant))
+
+
+def bits_of(form: WeightFormat | None) -> float:
+    """The same of a format, whose groups may have offsets; None: plain bf16."""
     if form is None:
         return float(_PLAIN_BITS)
-    return form.bits + (0 if form.group_size is None else 8 * form.scale_bytes / form.group_size)
+    each = form.scale_bytes * (2 if form.asymmetric else 1)
+    return form.bits + (0 if form.group_size is None else 8 * each / form.group_size)

@@ -3,7 +3,9 @@
 Every round runs each row once, each in a process of its own on the same threads; a row's figure is the
 median over rounds. A peer that is not installed is named and left out. Formats differ in their scales, so
 each row shows the bits a weight takes on its side, and its own MBU by its own bytes and its own reading of
-the ceiling. Weights are random unless --gguf gives both sides one file. No torch here.
+the ceiling. Weights are random unless --gguf gives both sides one file, whose tensors then say what a token
+reads. Beside a peer's row stands our speed in the same bits over it; beside ours, its speed over eager bf16
+and the target of that, 0.80 x the ratio of bytes / eager's own MBU. No torch here.
 """
 
 from __future__ import annotations
@@ -13,23 +15,33 @@ import json
 import statistics
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.inventory import stored_tensors
 from ..config import EngineConfig
+from ..engine.memory import formats
 from ..engine.source import ModelSource, resolve
 from ..errors import ConfigError
 from ..models.config import ModelConfig
-from .definitions import bits_per_weight, is_cache_resident, linears, mbu
-from .launching import run_program, run_ranks
+from .definitions import bits_of, bits_per_weight, is_cache_resident, linears, mbu
+from .launching import Progress, run_program, run_ranks
 from .options import Options, check_engine, engine_words, quants
 
 GGUF_OF = {"none": "BF16", "int8": "Q8_0", "int8-g32": "Q8_0", "int4": "Q4_0", "int4-g32": "Q4_0"}
 GGUF_BITS = {"BF16": 16.0, "Q8_0": 8.5, "Q4_0": 4.5, "Q4_1": 5.0}
 _PACKAGES = {"llama.cpp": "llama_cpp", "transformers": "transformers"}
-_HEAD_OF = {"BF16": "BF16", "Q8_0": "Q8_0", "Q4_0": "Q8_0"}  # as our int4 keeps its head in int8
+EAGER = "eager bf16"
+_EAGER_SHARE = 0.80  # of the ratio of bytes over eager's own MBU: what is asked of us
+_HEAD_OF = {
+    "BF16": "BF16",
+    "Q8_0": "Q8_0",
+    "Q4_0": "Q8_0",
+    "Q4_1": "Q8_0",
+}  # as our int4 keeps its head in int8
 
 
 @dataclass(frozen=True)
@@ -56,11 +68,40 @@ def weight_bytes(config: ModelConfig, body_bits: float, head_bits: float) -> int
     return int(body * body_bits / 8 + config.vocab_size * config.hidden_size * head_bits / 8)
 
 
+def stored_row(path: Path, quant: str) -> Row:
+    """llama.cpp's row of a GGUF file, by what it stores: bits of the layers' linears, bytes of a token."""
+    linears = {name: t for name, t in stored_tensors(path).items() if len(t.shape) == 2}
+    body = [t for name, t in linears.items() if name.startswith("model.layers.")]
+    looked_up = "model.embed_tokens.weight" if "lm_head.weight" in linears else None
+    kinds = Counter(t.type_name for t in body)
+    values = sum(t.shape[0] * t.shape[1] for t in body)
+    return Row(
+        "llama.cpp",
+        "+".join(kind for kind, _ in kinds.most_common()),
+        quant,
+        8 * sum(t.nbytes for t in body) / values,
+        sum(t.nbytes for name, t in linears.items() if name != looked_up),
+        str(path),
+    )
+
+
+def stored_bits(engine: EngineConfig, path: Path) -> float:
+    """Bits of a weight of the layers as we hold the file: 4-bit formats keep the offsets it has."""
+    stored = stored_tensors(path)
+    format_of = formats(engine, stored)
+    body = [name for name, t in stored.items() if len(t.shape) == 2 and name.startswith("model.layers.")]
+    sizes = [stored[name].shape[0] * stored[name].shape[1] for name in body]
+    bits = sum(bits_of(format_of(name)) * size for name, size in zip(body, sizes, strict=True))
+    return bits / sum(sizes)
+
+
 def run(options: Options) -> dict[str, Any]:
     """Measure; the document. Raises TPError, RunFailed."""
     args, engine = options.args, options.engine
     assert engine is not None, "peers have a model"
     if args.gguf is not None:
+        if engine.layers is not None:
+            raise ConfigError("--layers cannot cut the file of --gguf for llama.cpp; leave one of them out")
         engine = engine.with_changes(model=args.gguf, random_weights=False)
     if args.nproc not in (None, (1,)):
         raise ConfigError("peers run in one process each; use --nproc 1 (the default)")
@@ -73,26 +114,37 @@ def run(options: Options) -> dict[str, Any]:
         sys.stdout.write(f"{name} is not installed ({_PACKAGES[name]}) and is left out\n")
     found: dict[Row, list[dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        rows = list(_rows(options, source, absent, Path(folder)))
+        rows = list(_rows(options, engine, source, absent, Path(folder)))
+        progress = Progress(len(rows) * args.repeat)
         for _ in range(args.repeat):
             for row in rows:
-                found.setdefault(row, []).append(_run_row(row, options, engine, source))
-    results = [_result(row, runs) for row, runs in found.items()]
+                one = _run_row(row, options, engine, source)
+                found.setdefault(row, []).append(one)
+                sys.stdout.write(
+                    f"{row.runtime} {row.format} {one['tok_s']:.2f} tokens/s {progress.step()}\n"
+                )
+                sys.stdout.flush()
+    results = beside_eager([_result(row, runs) for row, runs in found.items()])
     sys.stdout.write(table(results))
     card = next(runs[-1]["card"] for row, runs in found.items() if row.runtime == "tp_runtime")
     return {"model": source.name, "missing": list(absent), "peers": results, "card": card}
 
 
-def _rows(options: Options, source: ModelSource, absent: tuple[str, ...], folder: Path) -> Iterator[Row]:
+def _rows(
+    options: Options, engine: EngineConfig, source: ModelSource, absent: tuple[str, ...], folder: Path
+) -> Iterator[Row]:
     """Ours and the peers', in the order they take turns."""
-    config = source.config
+    config, gguf = source.config, options.args.gguf
     for quant in quants(options):
-        yield Row("tp_runtime", quant, quant, bits_per_weight(quant))
+        bits = bits_per_weight(quant)
+        if gguf is not None and quant != "none":
+            bits = stored_bits(engine.with_changes(quant=quant), Path(gguf))
+        yield Row("tp_runtime", quant, quant, bits)
         kind = GGUF_OF.get(quant)
         if "llama.cpp" in absent or kind is None:
             continue
-        if options.args.gguf is not None:
-            yield Row("llama.cpp", "as stored", quant, float("nan"), None, options.args.gguf)
+        if gguf is not None:
+            yield stored_row(Path(gguf), quant)
             continue
         path = folder / f"{kind}.gguf"
         if not path.exists():
@@ -100,7 +152,7 @@ def _rows(options: Options, source: ModelSource, absent: tuple[str, ...], folder
         read = weight_bytes(config, GGUF_BITS[kind], GGUF_BITS[_HEAD_OF[kind]])
         yield Row("llama.cpp", kind, quant, GGUF_BITS[kind], read, str(path))
     if "transformers" not in absent:
-        yield Row("transformers", "eager bf16", "none", 16.0, weight_bytes(config, 16, 16))
+        yield Row("transformers", EAGER, "none", 16.0, weight_bytes(config, 16, 16))
 
 
 def _run_row(row: Row, options: Options, engine: EngineConfig, source: ModelSource) -> dict[str, Any]:
@@ -134,7 +186,7 @@ def _result(row: Row, runs: list[dict[str, Any]]) -> dict[str, Any]:
         "runtime": row.runtime,
         "format": row.format,
         "against": row.against,
-        "bits_per_weight": row.bits if row.bits == row.bits else None,
+        "bits_per_weight": round(row.bits, 3),
         "threads": runs[0]["threads"],
         "weight_bytes_per_token": read,
         "tok_s": statistics.median(speeds),
@@ -145,23 +197,45 @@ def _result(row: Row, runs: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def beside_eager(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Our rows with their speed over eager bf16's and the target of it; null without eager, or its MBU."""
+    eager = next((row for row in results if row["format"] == EAGER), None)
+    rows = []
+    for row in results:
+        over = bound = None
+        if row["runtime"] == "tp_runtime" and eager is not None:
+            over = row["tok_s"] / eager["tok_s"]
+            if eager["mbu"] is not None:
+                fewer = eager["weight_bytes_per_token"] / row["weight_bytes_per_token"]
+                bound = _EAGER_SHARE * fewer / eager["mbu"]
+        rows.append(row | {"over_eager": over, "over_eager_bound": bound})
+    return rows
+
+
 def table(results: list[dict[str, Any]]) -> str:
-    """All rows for people, each peer's with our speed over its own."""
+    """All rows for people: a peer's with our speed over its own, ours with its speed over eager bf16."""
     ours = {row["format"]: row["tok_s"] for row in results if row["runtime"] == "tp_runtime"}
     lines = [
-        "| runtime | format | bits a weight | threads | tokens/s | MBU | prefill tokens/s | ours over it |"
+        "| runtime | format | bits a weight | MB a token | threads | tokens/s | MBU | prefill tokens/s | "
+        "ours over it | over eager (0.80 x bytes / its MBU) |"
     ]
-    lines += ["|---|---|---|---|---|---|---|---|"]
+    lines += ["|---|---|---|---|---|---|---|---|---|---|"]
     for row in results:
-        share = "-" if row["mbu"] is None else f"{row['mbu']:.3f}"
-        bits = "as stored" if row["bits_per_weight"] is None else f"{row['bits_per_weight']:g}"
-        mine = ours.get(row["against"])
-        over = "-" if mine is None or row["runtime"] == "tp_runtime" else f"{mine / row['tok_s']:.2f}"
+        mine = None if row["runtime"] == "tp_runtime" else ours.get(row["against"])
+        over = None if mine is None else mine / row["tok_s"]
+        eager = _figure(row["over_eager"])
+        if row["over_eager_bound"] is not None:
+            eager += f" ({row['over_eager_bound']:.2f})"
         lines.append(
-            f"| {row['runtime']} | {row['format']} | {bits} | {row['threads']} | {row['tok_s']:.2f} | "
-            f"{share} | {row['prefill_tok_s']:.0f} | {over} |"
+            f"| {row['runtime']} | {row['format']} | {row['bits_per_weight']:g} | "
+            f"{row['weight_bytes_per_token'] / 1e6:.1f} | {row['threads']} | {row['tok_s']:.2f} | "
+            f"{_figure(row['mbu'], 3)} | {row['prefill_tok_s']:.0f} | {_figure(over)} | {eager} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def _figure(value: float | None, digits: int = 2) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
 
 
 def write_random_gguf(path: Path, config: ModelConfig, kind: str) -> None:

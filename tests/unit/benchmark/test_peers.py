@@ -7,11 +7,13 @@ import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tp_runtime.benchmark import peers
 from tp_runtime.checkpoint.inventory import stored_tensors
+from tp_runtime.config import EngineConfig
 from tp_runtime.engine.source import resolve
 from tp_runtime.models.config import ModelConfig
 
@@ -57,9 +59,44 @@ def test_transformers_in_its_own_process() -> None:
     assert min(found["tok_s"], found["prefill_tok_s"], found["read_ceiling_gb_s"]) > 0
 
 
+def row(runtime: str, name: str, tok_s: float, **more: Any) -> dict[str, Any]:
+    """One result, as peers makes it."""
+    plain = {"against": name, "bits_per_weight": 4.5, "threads": 2, "prefill_tok_s": 100.0, "mbu": None}
+    return {
+        **plain,
+        "runtime": runtime,
+        "format": name,
+        "tok_s": tok_s,
+        "weight_bytes_per_token": 10**9,
+        **more,
+    }
+
+
 def test_table_compares_like_with_like() -> None:
     """Ours over a peer's, of the rows that stand beside each other."""
-    row = {"threads": 2, "prefill_tok_s": 100.0, "mbu": None, "against": "int4"}
-    ours = {**row, "runtime": "tp_runtime", "format": "int4", "bits_per_weight": 4.5, "tok_s": 30.0}
-    theirs = {**row, "runtime": "llama.cpp", "format": "Q4_0", "bits_per_weight": 4.5, "tok_s": 20.0}
-    assert "| llama.cpp | Q4_0 | 4.5 | 2 | 20.00 | - | 100 | 1.50 |" in peers.table([ours, theirs])
+    ours, theirs = row("tp_runtime", "int4", 30.0), row("llama.cpp", "Q4_0", 20.0, against="int4")
+    shown = peers.table(peers.beside_eager([ours, theirs]))
+    assert "| llama.cpp | Q4_0 | 4.5 | 1000.0 | 2 | 20.00 | - | 100 | 1.50 | - |" in shown
+
+
+def test_ours_stand_beside_eager() -> None:
+    """Six times eager's speed; 0.80 of 3.5 times fewer bytes at an MBU of 0.5 is 5.6 times."""
+    ours = row("tp_runtime", "int4", 30.0)
+    eager = row("transformers", peers.EAGER, 5.0, against="none", mbu=0.5, weight_bytes_per_token=35 * 10**8)
+    found, theirs = peers.beside_eager([ours, eager])
+    assert found["over_eager"] == pytest.approx(6.0) and found["over_eager_bound"] == pytest.approx(5.6)
+    assert theirs["over_eager"] is None
+    assert "6.00 (5.60)" in peers.table([found, theirs])
+
+
+@pytest.mark.parametrize(
+    ("kind", "bits", "ours"), [("Q4_1", 5.0, 5.0), ("Q4_0", 4.5, 4.5), ("Q8_0", 8.5, 4.5)]
+)
+def test_a_file_says_its_bits_and_bytes(kind: str, bits: float, ours: float, tmp_path: Path) -> None:
+    """Of both sides: 4-bit formats keep a file's offsets; the head has its own bits, the looked-up table none."""
+    path = tmp_path / "stored.gguf"
+    peers.write_random_gguf(path, TINY, kind)
+    found = peers.stored_row(path, "int4")
+    assert (found.format, found.bits) == (kind, bits)
+    assert found.weight_bytes == int(BODY * bits / 8 + HEAD * 8.5 / 8)
+    assert peers.stored_bits(EngineConfig(quant="int4"), path) == ours
