@@ -2,13 +2,15 @@
 
 After a warm-up each repetition prefills the batch and decodes --new-tokens tokens of each row through
 LLM.generate, as any caller does: sampling, the step's broadcast and all Python are inside. With a --context
-beyond prompt and answer, decoding starts from prompts that fill it, and prefill keeps its own. Peak memory
+beyond prompt and answer, decoding starts from prompts that fill it, and prefill keeps its own. Several
+--contexts take turns; the times of a token at each stand beside the bytes it reads there. Peak memory
 is read after the warm-up, before the memory of the read ceiling is there. The rate of matmuls comes last,
 after the engine has let the ranks go. Every rank makes the same calls.
 """
 
 from __future__ import annotations
 
+import statistics
 import time
 from argparse import Namespace
 from typing import Any
@@ -53,25 +55,58 @@ def measure(args: Namespace, engine: EngineConfig) -> tuple[dict[str, Any], bool
 
 
 def _measured(llm: LLM, args: Namespace, group: dist.ProcessGroup) -> dict[str, Any]:
-    deep = llm.context - args.new_tokens  # tokens a row has when decoding starts
+    depths = [context - args.new_tokens for context in args.contexts or (llm.context,)]
+    deep = depths[-1]  # tokens a row has when decoding starts
     _generate(llm, deep, args.new_tokens, args.batch)
     rss = _of_each_rank(peak_rss_bytes(), group)
     on_cpu = llm.built.device == "cpu"
     ceiling = ReadCeiling(args.bytes or ceiling_bytes(), group) if on_cpu else None
-    prefills, decodes = [], []
+    prefills: list[Timing] = []
+    decodes: list[list[Timing]] = []
     if ceiling is not None:
         ceiling.read()
     for _ in range(args.repeat):
-        decoded = _generate(llm, deep, args.new_tokens, args.batch)
-        decodes.append(decoded)
+        decodes.append([_generate(llm, depth, args.new_tokens, args.batch) for depth in depths])
         same = deep == args.prompt_tokens
-        prefills.append(decoded if same else _generate(llm, args.prompt_tokens, 1, args.batch))
+        prefills.append(decodes[-1][-1] if same else _generate(llm, args.prompt_tokens, 1, args.batch))
         if ceiling is not None:
             ceiling.read()
     # Rank 0 drives and knows the times; the others take part in its sums with zeros.
-    speeds = [total(timing.tok_s or 0.0, group) for timing in decodes]
+    speeds = [[total(timing.tok_s or 0.0, group) for timing in turn] for turn in decodes]
     firsts = [total(timing.ttft_s, group) for timing in prefills]
-    return _document(llm, args, Spread.of(speeds), Spread.of(firsts), ceiling) | {"peak_rss_bytes": rss}
+    at_most = Spread.of([turn[-1] for turn in speeds])
+    document = _document(llm, args, at_most, Spread.of(firsts), ceiling)
+    return document | {"peak_rss_bytes": rss, "contexts": _over_contexts(llm, args, speeds)}
+
+
+def _over_contexts(llm: LLM, args: Namespace, speeds: list[list[float]]) -> list[dict[str, Any]]:
+    """Each context by itself and over the first: time of a step, and the bytes that explain it.
+
+    speeds: tokens a second by turn and context. Ratios of times are medians over the turns.
+    """
+    weights = llm.built.weight_bytes_per_token
+    read = [weights + args.batch * _cache_bytes(llm, args, context) for context in args.contexts]
+    rows = []
+    for at, context in enumerate(args.contexts):
+        speed = Spread.of([turn[at] for turn in speeds])
+        rows.append(
+            {
+                "context": context,
+                "tok_s": speed.median,
+                "tok_s_p10": speed.p10,
+                "tok_s_p90": speed.p90,
+                "cache_bytes_per_token": _cache_bytes(llm, args, context),
+                "time_ratio": statistics.median(turn[0] / turn[at] for turn in speeds),
+                "bytes_ratio": read[at] / read[0],
+            }
+        )
+    return rows
+
+
+def _cache_bytes(llm: LLM, args: Namespace, context: int) -> int:
+    """Of one row, in the middle of its answer."""
+    itemsize = llm.runner.cache.shape.dtype.itemsize
+    return cache_bytes_per_token(llm.built.model_config, context - args.new_tokens // 2, itemsize)
 
 
 def _document(
@@ -103,9 +138,7 @@ def _document(
         "ttft_s_p90": first.p90,
         "prefill_tok_s": args.prompt_tokens * args.batch / first.median,
         "weight_bytes_per_token": token_bytes,
-        "cache_bytes_per_token": cache_bytes_per_token(
-            config, llm.context - args.new_tokens // 2, llm.runner.cache.shape.dtype.itemsize
-        ),
+        "cache_bytes_per_token": _cache_bytes(llm, args, llm.context),
         "read_ceiling_gb_s": None if ceiling is None else ceiling.best,
         "read_ceilings_gb_s": None if ceiling is None else ceiling.readings,
         "mbu": mbu(token_bytes, speed.median, args.batch, ceiling.best) if ceiling and claim else None,
@@ -162,4 +195,9 @@ def line(document: dict[str, Any]) -> str:
     parts.append(f"first token {document['ttft_s']:.3f} s")
     parts.append(f"prefill {document['prefill_tok_s']:.0f} tokens/s, share {document['prefill_share']:.3f}")
     parts.append("RSS " + " ".join(f"{peak / 2**30:.2f}" for peak in document["peak_rss_bytes"]) + " GiB")
+    for row in document["contexts"]:
+        parts.append(
+            f"context {row['context']}: {row['tok_s']:.2f} tokens/s, time x {row['time_ratio']:.3f}, "
+            f"bytes x {row['bytes_ratio']:.3f}"
+        )
     return " | ".join(parts)

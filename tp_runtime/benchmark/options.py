@@ -54,6 +54,7 @@ _EXAMPLES = {
   tp-bench decode --model llama-1b --quant int8 --nproc 1,2
   tp-bench decode --model llama-1b --prompt-tokens 512 --new-tokens 16 --json
   tp-bench decode --model llama-1b --quant int8 --context 8192 --new-tokens 32
+  tp-bench decode --model llama-1b --quant int8 --contexts 128,8192 --new-tokens 32
   tp-bench decode --model llama2-7b --layers 8 --quant int4 --startup""",
     "scaling": """\
   tp-bench scaling --model llama-1b --nproc 1,2 --quant none,int8,int4 --output results
@@ -91,6 +92,7 @@ def parse(words: Sequence[str], *, in_job: bool) -> Options:
         _add_ranks(parser, mode)
     args = parser.parse_args(list(words[1:]))
     _check_numbers(args)
+    _check_contexts(args)
     if mode in ("scaling", "peers") and args.batch > 1:
         raise ConfigError(f"--batch {args.batch} is for decode alone; {mode} compares at batch 1")
     return Options(mode, args, _engine(args) if mode in ("decode", "scaling", "peers") else None)
@@ -150,13 +152,20 @@ def _add_collectives(parser: Parser) -> None:
 def _add_decode(parser: Parser) -> None:
     _add_case(parser)
     add = parser.add_argument
-    add("--startup", action="store_true", help="also time two fresh starts, with empty and filled caches")
+    add("--contexts", type=counts, default=(), metavar="N,...", help="decode at these depths, turn by turn")
+    _add_startup(parser)
     add(
         "--first-token",
         action="store_true",
         help="only load, answer with one token, and say how long it took",
     )
     add_engine_flags(parser)
+
+
+def _add_startup(parser: Parser) -> None:
+    parser.add_argument(
+        "--startup", action="store_true", help="also time two fresh starts, with empty and filled caches"
+    )
 
 
 def _add_case(parser: Parser, repeat: int = 5) -> None:
@@ -174,6 +183,7 @@ def _add_scaling(parser: Parser) -> None:
     _add_case(parser, repeat=3)
     add = parser.add_argument
     add("--rounds", type=int, default=3, metavar="N", help="each case is run so often, turn by turn (3)")
+    _add_startup(parser)
     add("--output", metavar="DIR", help="write scaling.json, scaling.md and scaling.png there")
     add("--predict", metavar="HOST", help="measure nothing: predict HOST.toml, or a name of configs/hosts")
     add_engine_flags(parser, several_quants=True)
@@ -233,6 +243,23 @@ def _check_numbers(args: Namespace) -> None:
             raise ConfigError(f"--rows {rows} is not measured; give 1 to 16 for decoding or 512 for prefill")
 
 
+def _check_contexts(args: Namespace) -> None:
+    found = getattr(args, "contexts", ())
+    if not found:
+        return
+    if list(found) != sorted(set(found)) or found[0] <= args.new_tokens:
+        raise ConfigError(
+            f"--contexts {','.join(map(str, found))} has to rise, from above --new-tokens {args.new_tokens}"
+        )
+    if found[-1] < args.prompt_tokens + args.new_tokens:
+        raise ConfigError(
+            f"--contexts ends at {found[-1]}, below --prompt-tokens {args.prompt_tokens} and --new-tokens "
+            f"{args.new_tokens} together; give a deeper one"
+        )
+    if args.context not in (None, found[-1]):
+        raise ConfigError(f"--context {args.context} is not the last of --contexts; leave it out")
+
+
 def _engine(args: Namespace) -> EngineConfig:
     """The settings of the case: room for it, and random weights where the model has none."""
     values: dict[str, Any] = {**vars(args), "print_config": None}
@@ -240,7 +267,7 @@ def _engine(args: Namespace) -> EngineConfig:
         values["quant"] = args.quant[0]
     engine, _ = configurations(Namespace(**values))
     tokens = args.prompt_tokens + args.new_tokens
-    context = max(tokens, engine.context or 0)
+    context = max(tokens, engine.context or 0, *getattr(args, "contexts", ()))
     timeout_s = engine.collective_timeout_s or _COLLECTIVE_TIMEOUT_S
     engine = replace(engine, context=context, max_batch=args.batch, collective_timeout_s=timeout_s)
     if engine.random_weights or engine.weights is not None:

@@ -21,9 +21,9 @@ from ..config import EngineConfig
 from ..engine.source import resolve
 from ..errors import ConfigError
 from ..models.config import ModelConfig
-from . import plot
+from . import plot, startup
 from .definitions import Spread
-from .launching import run_ranks
+from .launching import Progress, run_ranks
 from .options import Options, check_engine, engine_words, quants
 from .predict import Fit, Host, Prediction, find_host, fit_overhead, predict
 
@@ -60,11 +60,16 @@ def _measured(options: Options, name: str, model: ModelConfig) -> dict[str, Any]
     for engine, ranks in cases:
         check_engine(Options("decode", args, engine), ranks)
     runs: dict[tuple[str, int], list[dict[str, Any]]] = {}
-    for _ in range(args.rounds):
+    progress = Progress(len(cases) * args.rounds)
+    for turn in range(args.rounds):
         for engine, ranks in cases:
             words = ["decode", *engine_words(engine, args)]
             found = run_ranks(words, ranks, numa=not args.no_numa, timeout_s=args.timeout)
+            if args.startup and turn == 0:
+                found |= startup.measure(words, ranks, numa=not args.no_numa, timeout_s=args.timeout)
             runs.setdefault((engine.quant, ranks), []).append(found)
+            sys.stdout.write(progress.step() + "\n")
+            sys.stdout.flush()
     reduce_us = {ranks: _all_reduce_us(model, ranks, args) for ranks in nproc if ranks > 1}
     points = [_point(found) for found in runs.values()]
     rows, fit = _over_model(options, model, points, reduce_us)
@@ -98,7 +103,10 @@ def _point(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """One case over its rounds."""
     speed = Spread.of([run["tok_s"] for run in found])
     shares = [run["mbu"] for run in found if run["mbu"] is not None]
-    kept = ("quant", "world_size", "threads", "dtype", "weight_bytes_per_token", "cache_resident", "layers")
+    kept = (
+        "quant", "world_size", "threads", "dtype", "weight_bytes_per_token", "cache_resident", "layers",
+        "compile_cold_s", "compile_warm_s",
+    )  # fmt: skip
     return {
         **{name: found[0][name] for name in kept},
         "tok_s": speed.median,
@@ -107,6 +115,10 @@ def _point(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "mbu": statistics.median(shares) if shares else None,
         "read_ceiling_gb_s": max(run["read_ceiling_gb_s"] for run in found),
         "prefill_tok_s": statistics.median(run["prefill_tok_s"] for run in found),
+        "prefill_share": statistics.median(run["prefill_share"] for run in found),
+        "peak_rss_bytes": [
+            max(peaks) for peaks in zip(*(run["peak_rss_bytes"] for run in found), strict=True)
+        ],
         "ttft_s": statistics.median(run["ttft_s"] for run in found),
     }
 
@@ -169,16 +181,17 @@ def markdown(document: dict[str, Any]) -> str:
     lines += [f"- {key}: {value}" for key, value in document["card"].items()]
     lines += [f"- rounds: {document['rounds']}, fit: {document['fit']}", ""]
     lines += [
-        "| quant | ranks x threads | tokens/s (p10..p90) | over fewest ranks | MBU | ceiling GB/s | model |"
+        "| quant | ranks x threads | tokens/s (p10..p90) | over fewest ranks | MBU | ceiling GB/s | model | "
+        "prefill share |"
     ]
-    lines += ["|---|---|---|---|---|---|---|"]
+    lines += ["|---|---|---|---|---|---|---|---|"]
     for r in document["scaling"]:
         share = "-" if r["mbu"] is None else f"{r['mbu']:.3f}"
         says = f"{r['model_tok_s']:.2f}" + (" (fitted)" if r["is_fitted"] else "")
         lines.append(
             f"| {r['quant']} | {r['world_size']} x {r['threads']} | {r['tok_s']:.2f} ({r['tok_s_p10']:.2f}.."
             f"{r['tok_s_p90']:.2f}) | {r['over_fewest']:.2f} | {share} | "
-            f"{r['read_ceiling_gb_s']:.1f} | {says} |"
+            f"{r['read_ceiling_gb_s']:.1f} | {says} | {r['prefill_share']:.3f} |"
         )
     return "\n".join(lines) + "\n"
 

@@ -67,12 +67,22 @@ def check_decode(document: dict[str, Any], world_size: int) -> None:
     assert document["cache_resident"] and document["mbu"] is None
     assert document["read_ceiling_gb_s"] == max(document["read_ceilings_gb_s"])
     assert len(document["read_ceilings_gb_s"]) == 3, "before the case and after each of two runs"
+    for row in document["contexts"]:
+        cache = 2 * 2 * 16 * 4 * (row["context"] - 1)  # keys and values of two heads of 16, in fp32
+        read = [
+            document["weight_bytes_per_token"] + row["cache_bytes_per_token"] for row in document["contexts"]
+        ]
+        assert row["time_ratio"] > 0 and row["cache_bytes_per_token"] in (cache, cache // 2)
+        assert row["bytes_ratio"] == pytest.approx(
+            (values + 4 * rows + row["cache_bytes_per_token"]) / read[0]
+        )
 
 
 @pytest.mark.timeout(600)
 def test_decode_over_one_and_two_ranks(tiny: list[str]) -> None:
-    document = tp_bench(["decode", *tiny, *SMALL, "--quant", "int8", "--nproc", "1,2"])
-    assert document["card"]["torch"]
+    words = ["--quant", "int8", "--nproc", "1,2", "--contexts", "8,40"]
+    document = tp_bench(["decode", *tiny, *SMALL, *words])
+    assert document["card"]["torch"] and document["card"]["load_average_at_start"] >= 0
     for world_size, one in zip((1, 2), document["decode"], strict=True):
         check_decode(one, world_size)
 

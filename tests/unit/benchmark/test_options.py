@@ -31,6 +31,10 @@ DECODE = ["decode", "--model", "llama-1b"]
         (["kernels", "--rows", "100"], "512"),
         (["kernels", "--quant", "int8,zip"], "int8,zip"),
         (["scaling", "--model", "llama-1b", "--batch", "2"], "batch 1"),
+        ([*DECODE, "--contexts", "64,8192"], "above --new-tokens 64"),
+        ([*DECODE, "--contexts", "8192,128"], "has to rise"),
+        ([*DECODE, "--contexts", "100,150"], "give a deeper one"),
+        ([*DECODE, "--contexts", "128,8192", "--context", "512"], "leave it out"),
     ],
 )
 def test_refused(words: list[str], says: str) -> None:
@@ -71,6 +75,8 @@ def test_the_context_has_room() -> None:
     assert engine is not None and engine.context == 120
     deeper = options.parse([*words, "--context", "8192"], in_job=True).engine
     assert deeper is not None and deeper.context == 8192
+    several = options.parse([*words, "--contexts", "128,8192"], in_job=True).engine
+    assert several is not None and several.context == 8192
 
 
 def test_ranks_are_not_told_of_ranks() -> None:
