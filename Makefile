@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PROMPT ?= What is the capital of France?
 
-.PHONY: demo test test-full check lint types imports unit docs clean
+.PHONY: demo test test-full check lint types imports unit docs bench-cpu clean
 
 demo: $(VENV)/.demo
 	$(BIN)/tp-launch --nproc 2 --numa generate.py --model smollm2-135m --quant int8 --chat --prompt "$(PROMPT)"
@@ -37,6 +37,11 @@ unit: $(VENV)/.test
 
 docs: $(VENV)/.test
 	$(BIN)/python -m tp_runtime.env > docs/env.md
+
+# The table of targets, on an idle host; again until no row is left (tp-bench targets --help).
+BENCH ?= --minutes 40 --output results
+bench-cpu: $(VENV)/.test
+	$(BIN)/tp-bench targets $(BENCH)
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -1,4 +1,4 @@
-"""tp-bench, and what tp-launch bench.py runs: measure kernels, collectives, decoding, scaling and peers.
+"""tp-bench, and what tp-launch bench.py runs: measure kernels, collectives, decoding, scaling, peers.
 
 Outside a job it starts ranks (benchmark/launching.py) once for each N of --nproc; inside one, where a
 launcher has set RANK, it measures. `check` refuses bad input without torch. With --json the last line of
@@ -31,9 +31,8 @@ def check(argv: Sequence[str], nproc: int) -> int | None:
     if isinstance(found, int):
         return found
     if found.mode not in _IN_RANKS:
-        raise ConfigError(
-            f"{found.mode} starts ranks of its own; run it as: tp-bench {found.mode} --nproc {nproc}"
-        )
+        ranks = "" if found.mode == "targets" else f" --nproc {nproc}"
+        raise ConfigError(f"{found.mode} starts ranks of its own; run it as: tp-bench {found.mode}{ranks}")
     if found.mode == "collectives" and nproc == 1:
         raise ConfigError("collectives of one rank are no-ops; use --nproc 2 or more")
     if found.mode == "decode" and found.args.startup:
@@ -115,6 +114,10 @@ def _start(found: Options, words: Sequence[str]) -> int:
         from tp_runtime.benchmark import peers
 
         document = peers.run(found)
+    elif found.mode == "targets":
+        from tp_runtime.benchmark import targets
+
+        document = targets.run(found)
     else:
         document = _over_ranks(found, words)
     if found.args.json:

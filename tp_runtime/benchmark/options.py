@@ -17,13 +17,13 @@ from ..errors import ConfigError, ModelNotFoundError
 from ..flags import SPELLED, Parser, add_engine_flags, configurations, quant_list
 from ..models import registry
 
-MODES = ("kernels", "collectives", "decode", "scaling", "peers")
+MODES = ("kernels", "collectives", "decode", "scaling", "peers", "targets")
 PEER_FORMATS = ("none", "int8", "int4")
 _COLLECTIVE_TIMEOUT_S = 600.0  # between runs a rank measures other things while its peers wait
 _ANY_TIMEOUT_S = 3600.0
-_TIMEOUT_S = {"kernels": 7200.0}  # one run has every shape of the models it is given
+_TIMEOUT_S = {"kernels": 7200.0, "targets": 7200.0}  # one run has every shape of the models it is given
 OVERVIEW = """\
-usage: tp-bench {kernels,collectives,decode,scaling,peers} [options]
+usage: tp-bench {kernels,collectives,decode,scaling,peers,targets} [options]
 
 Measure this host and print figures beside the ceiling that physics sets.
 
@@ -32,6 +32,7 @@ Measure this host and print figures beside the ceiling that physics sets.
   decode       tokens a second, time to first token, share of the read ceiling, prefill, memory
   scaling      decode over ranks and formats, interleaved, laid over an analytic model; --predict
   peers        the same shape in llama.cpp and in transformers, interleaved, where installed
+  targets      all of these where a target is set, judged in one table; resumes where it stopped
 
 tp-bench COMMAND --help explains each; docs/benchmarks.md defines the figures.
 
@@ -63,6 +64,9 @@ _EXAMPLES = {
     "peers": """\
   tp-bench peers --model llama-1b --quant none,int8,int4 --repeat 3
   tp-bench peers --model llama2-7b --layers 8 --quant int4 --json""",
+    "targets": """\
+  tp-bench targets --minutes 40 --output results       again, until none is left
+  tp-bench targets --rows collectives,mbu --output results""",
 }
 
 
@@ -99,8 +103,12 @@ def parse(words: Sequence[str], *, in_job: bool) -> Options:
 
 
 def _add_ranks(parser: Parser, mode: str) -> None:
-    default = "2" if mode == "collectives" else "1"
     group = parser.add_argument_group("ranks")
+    limit = _TIMEOUT_S.get(mode, _ANY_TIMEOUT_S)
+    group.add_argument("--timeout", type=float, default=limit, metavar="S", help=f"of one run ({limit:g})")
+    if mode == "targets":
+        return  # whose rows say how many
+    default = "2" if mode == "collectives" else "1"
     group.add_argument(
         "--nproc",
         type=counts,
@@ -109,8 +117,6 @@ def _add_ranks(parser: Parser, mode: str) -> None:
         help=f"ranks, one run each (default: {default})",
     )
     group.add_argument("--no-numa", action="store_true", help="do not bind ranks to cores and memory")
-    limit = _TIMEOUT_S.get(mode, _ANY_TIMEOUT_S)
-    group.add_argument("--timeout", type=float, default=limit, metavar="S", help=f"of one run ({limit:g})")
     parser.set_defaults(default_nproc=counts(default))
 
 
@@ -195,12 +201,21 @@ def _add_peers(parser: Parser) -> None:
     add_engine_flags(parser, several_quants=True)
 
 
+def _add_targets(parser: Parser) -> None:
+    add = parser.add_argument
+    add("--rows", dest="only", type=_words, metavar="NAME,...", help="only these (default: all)")
+    add("--minutes", type=float, default=40.0, metavar="N", help="start no row that would end later (40)")
+    add("--output", default="results", metavar="DIR", help="targets.json and targets.md (results)")
+    add("--json", action="store_true", help="the last line of stdout is one JSON document")
+
+
 _ADD: dict[str, Callable[[Parser], None]] = {
     "kernels": _add_kernels,
     "collectives": _add_collectives,
     "decode": _add_decode,
     "scaling": _add_scaling,
     "peers": _add_peers,
+    "targets": _add_targets,
 }
 _DESCRIPTIONS = {
     "kernels": "GB/s of the linears and of attention beside the read ceiling of the same process.",
@@ -208,6 +223,7 @@ _DESCRIPTIONS = {
     "decode": "Speed of decoding and prefill, and what of the hardware's limits they reach.",
     "scaling": "Decode over numbers of ranks and formats, interleaved, over an analytic model.",
     "peers": "The same shape in other runtimes, on the same threads in the same run, interleaved.",
+    "targets": "Every figure that decoding is held to, judged in one table.",
 }
 
 
