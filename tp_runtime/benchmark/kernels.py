@@ -61,10 +61,10 @@ class Bench:
         self.ceiling.read()
         best, ceiling = max(rates), self.ceiling.best
         return {
-            "gb_s": round(best, 2),
-            "gb_s_median": round(statistics.median(rates), 2),
+            "gb_s": round(best, 4),
+            "gb_s_median": round(statistics.median(rates), 4),
             "ceiling_gb_s": round(ceiling, 2),
-            "share": round(best / ceiling, 3),
+            "share": round(best / ceiling, 6),
         }
 
 
