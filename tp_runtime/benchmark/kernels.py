@@ -61,7 +61,7 @@ class Bench:
         self.ceiling.read()
         best, ceiling = max(rates), self.ceiling.best
         return {
-            "gb_s": round(best, 4),
+            "gb_s": round(best, 6),
             "gb_s_median": round(statistics.median(rates), 4),
             "ceiling_gb_s": round(ceiling, 2),
             "share": round(best / ceiling, 6),
@@ -155,10 +155,10 @@ def many_rows(name: str, quant: str, n: int, k: int, bench: Bench) -> dict[str, 
     ours, theirs = (total(operations / statistics.median(seconds[1:]), bench.group) for seconds in taken)
     read = sum(tensor.nbytes for tensor in weight.tensors)
     return _row(name, quant, weight.group_size, n, k, PREFILL_ROWS) | {
-        "gb_s": round(read * ours / operations / 1e9, 2),
+        "gb_s": round(read * ours / operations / 1e9, 6),
         "tflop_s": round(ours / 1e12, 3),
         "onednn_tflop_s": round(theirs / 1e12, 3),
-        "share": round(ours / theirs, 3),
+        "share": round(ours / theirs, 6),
     }
 
 
