@@ -77,7 +77,7 @@ class LLM:
         self._tokenizer: Tokenizer | ByteTokenizer | None = None
         self.runner.warm_up()
         if self.speculator is not None:
-            self.speculator.drafter.warm_up()
+            self.speculator.warm_up(self.runner)
         limit_s = (
             self.config.collective_timeout_s or env.get_float("TP_COLLECTIVE_TIMEOUT") or DECODE_TIMEOUT_S
         )

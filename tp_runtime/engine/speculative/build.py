@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from ... import mesh as meshes
 from ...collectives import broadcast_
 from ...config import MOST_DRAFT_TOKENS, EngineConfig
+from ...errors import MemoryLimitError
 from ...log import once
 from ..kv_blocks import SCRATCH_BLOCK
 from ..runner import ModelRunner
@@ -63,7 +64,15 @@ def build_speculator(
         drafter = SkipDraft(target.runner, layers, vocab_size=vocab_size, announce=announce)
     else:
         drafter = _model_draft(plan, config.draft_ranks, target, mesh, announce)
-    return Speculator(drafter, plan, most=most, adaptive=config.draft_adaptive)
+    return Speculator(
+        drafter,
+        plan,
+        most=most,
+        adaptive=config.draft_adaptive,
+        max_tokens=target.runner.max_tokens,
+        exact_tokens=MOST_DRAFT_TOKENS + 1 if target.device == "cpu" else None,
+        device=target.device,
+    )
 
 
 def _model_draft(
@@ -78,7 +87,7 @@ def _model_draft(
     if world > 1 and where in ("one", "auto"):
         own = _own_mesh(target.device)
         if own is not None:
-            lone = build_runner(plan.source, plan.engine, own, target.device)
+            lone = _lone(plan, own, target.device, may_fail=where == "auto")
         dist.barrier(meshes.tp_group(mesh))
     if world > 1 and where == "auto":
         assert built is not None
@@ -88,8 +97,6 @@ def _model_draft(
             built = None
     split = built is not None
     used = built if split else lone
-    if used is not None:
-        _warn_if_larger(plan, used, target)
     return ModelDraft(
         None if used is None else used.runner,
         context=plan.context,
@@ -97,6 +104,20 @@ def _model_draft(
         vocab_size=target.model_config.vocab_size,
         announce=announce if split and world > 1 else None,
     )
+
+
+def _lone(plan: DraftPlan, own: DeviceMesh, device: str, *, may_fail: bool) -> Built | None:
+    """The draft whole on rank 0. may_fail: None where it does not fit there beside the split one."""
+    from ..build import build_runner
+
+    assert plan.source is not None and plan.engine is not None, "a model draft has both"
+    try:
+        return build_runner(plan.source, plan.engine, own, device)
+    except MemoryLimitError as error:
+        if not may_fail:
+            raise
+        once(f"the draft is split over the ranks, as rank 0 cannot hold both to compare: {error}")
+        return None
 
 
 def _own_mesh(device: str) -> DeviceMesh | None:
@@ -108,8 +129,13 @@ def _own_mesh(device: str) -> DeviceMesh | None:
 
 
 def _split_is_faster(split: ModelRunner, lone: ModelRunner | None, mesh: DeviceMesh) -> bool:
-    """Rank 0's clock decides for all ranks. The descriptor's broadcast is part of a split step."""
+    """Rank 0's clock decides for all ranks; without a lone one there is nothing to compare.
+
+    The descriptor's broadcast is part of a split step.
+    """
     group = meshes.tp_group(mesh)
+    if not _verdict(lone is not None, group):
+        return True
     descriptor = torch.zeros(64, dtype=torch.int32)
     times = []
     for runner in (split, lone):
@@ -123,18 +149,13 @@ def _split_is_faster(split: ModelRunner, lone: ModelRunner | None, mesh: DeviceM
             runner.execute(Step((Row((0,), 0, (SCRATCH_BLOCK,), 1),)))
             runs.append(time.perf_counter() - began)
         times.append(statistics.median(runs) if runs else 0.0)
-    verdict = torch.tensor([int(times[0] <= times[1])], dtype=torch.int32)
-    faster = bool(broadcast_(verdict, group).item())
+    faster = _verdict(times[0] <= times[1], group)
     if lone is not None:
         told = f"{1000 * times[0]:.1f} ms a step split, {1000 * times[1]:.1f} ms whole on rank 0"
         once(f"the draft runs {'split over the ranks' if faster else 'on rank 0'}: {told}", logging.INFO)
     return faster
 
 
-def _warn_if_larger(plan: DraftPlan, draft: Built, target: Built) -> None:
-    ours, theirs = target.weight_bytes_per_token, draft.weight_bytes_per_token
-    if theirs > ours:
-        once(
-            f"--draft {plan.name} reads {theirs / 1e6:.0f} MB a token and the target {ours / 1e6:.0f} MB, so "
-            f"drafting cannot pay; use a smaller draft"
-        )
+def _verdict(mine: bool, group: dist.ProcessGroup) -> bool:
+    """Rank 0's answer, on all ranks."""
+    return bool(broadcast_(torch.tensor([int(mine)], dtype=torch.int32), group).item())

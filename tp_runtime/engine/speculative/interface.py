@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -40,12 +40,13 @@ class Drafter(ABC):
     """One kind of draft.
 
     costs_steps: a drafted token takes a step of a model. steps: (tokens, seconds) of those of the last draft.
-    clock: seconds; what all of speculation is timed by.
+    clock: seconds; what all of speculation is timed by. priors: see Adaptive.
     """
 
     clock: Callable[[], float] = staticmethod(time.perf_counter)
     costs_steps = True
     steps: Seq[tuple[int, float]] = ()
+    priors: Mapping[int, tuple[float, float]] = {}
 
     @abstractmethod
     def grade(self, sequence: Sequence) -> int | None:
@@ -58,6 +59,10 @@ class Drafter(ABC):
     def draft(self, rows: Seq[tuple[Sequence, int]]) -> list[Offer]:
         """Offers of at most so many tokens (at least one) for each sequence; `grade` was asked before."""
 
+    def behind(self, sequence: Sequence) -> int:
+        """Tokens that the draft must read before the step that drafts first for this sequence."""
+        return 0
+
     def rollback(self, sequence: Sequence) -> None:
         """The sequence has new tokens; what was kept of tokens that did not stand is void."""
         return
@@ -66,9 +71,9 @@ class Drafter(ABC):
         """The sequence has ended."""
         return
 
-    def warm_up(self) -> None:
-        """Compile what drafting runs. Every rank calls it."""
-        return
+    def warm_up(self) -> Mapping[int, float]:
+        """Compile what drafting runs. Every rank calls it. Seconds of its steps by their tokens, as timed."""
+        return {}
 
     def follow(self, step: Step) -> None:
         """Ranks other than 0: take part in a step that rank 0's draft announced."""

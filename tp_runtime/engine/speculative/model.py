@@ -7,7 +7,7 @@ the target has confirmed plus one draft. A row that outgrows the draft's context
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -18,6 +18,7 @@ from ..sequence import Sequence as Answer
 from ..step import Step
 from .autoregressive import DraftRow, draft_rows
 from .interface import Drafter, Offer
+from .timing import DRAFT_SIZES, time_steps
 
 Announce = Callable[[Step, Callable[[Step], Tensor]], Tensor]
 
@@ -67,6 +68,10 @@ class ModelDraft(Drafter):
         held.checked = sequence.num_tokens
         return None if held.foreign or sequence.num_tokens >= self.context else 0
 
+    def behind(self, sequence: Answer) -> int:
+        """What prompt and answer have beyond its cache, but the last token."""
+        return sequence.num_tokens - 1 - self._held[id(sequence)].cached
+
     def draft(self, rows: Sequence[tuple[Answer, int]]) -> list[Offer]:
         assert self.runner is not None, "rank 0 has every draft"
         jobs: list[DraftRow | None] = []
@@ -103,9 +108,11 @@ class ModelDraft(Drafter):
         if held is not None:
             self.pool.resize(held.blocks, 0)
 
-    def warm_up(self) -> None:
-        if self.runner is not None:
-            self.runner.warm_up()
+    def warm_up(self) -> Mapping[int, float]:
+        if self.runner is None:
+            return {}
+        self.runner.warm_up()
+        return time_steps(self.runner, DRAFT_SIZES, self.clock)
 
     def follow(self, step: Step) -> None:
         assert self.runner is not None, "this rank has no part of the draft"

@@ -9,7 +9,7 @@ token costs the share of layers that run, plus the head. After: Zhang et al., Dr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
@@ -18,6 +18,7 @@ from ..sequence import Sequence as Answer
 from ..step import Step
 from .autoregressive import DraftRow, draft_rows
 from .interface import Drafter, Offer
+from .timing import DRAFT_SIZES, time_steps
 
 Announce = Callable[[Step, Callable[[Step], Tensor]], Tensor]
 
@@ -53,6 +54,9 @@ class SkipDraft(Drafter):
             clock=self.clock,
         )
         return [job.offer() for job in jobs]
+
+    def warm_up(self) -> Mapping[int, float]:
+        return time_steps(self.runner, DRAFT_SIZES, self.clock, self.layers)
 
     def follow(self, step: Step) -> None:
         self._execute(step)

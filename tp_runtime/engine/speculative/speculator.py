@@ -2,6 +2,9 @@
 
 Rank 0 runs all of it; the other ranks only follow the steps that a draft announces. A pass in which some row
 still reads its prompt is not counted: its time says nothing about decoding.
+
+Rows that decode bring at most `step_tokens` tokens to a pass, all together: beyond 16 a CPU has other
+kernels, which round otherwise and cost more. Beside rows that read prompts they take at most half of a step.
 """
 
 from __future__ import annotations
@@ -10,11 +13,13 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from ..runner import ModelRunner
 from ..sequence import Sequence as Answer
-from .adaptive import Adaptive, Candidate
+from .adaptive import Adaptive, Candidate, deal
 from .interface import NOTHING, Drafter, Offer
 from .kind import DraftPlan
 from .report import Pass, SpeculationReport
+from .timing import TARGET_SIZES, settle, time_steps
 from .verify import decide
 
 
@@ -22,19 +27,32 @@ class Speculator:
     """Drafts for the rows of one engine.
 
     plan: the draft that was asked for. most: most tokens drafted for a row in a pass. adaptive: False
-    drafts `most` always.
+    drafts `most` where it can. max_tokens: most tokens of a step. exact_tokens: up to that many in a step a
+    row has the same bits however many there are. device: of the target.
     """
 
-    def __init__(self, drafter: Drafter, plan: DraftPlan, *, most: int, adaptive: bool) -> None:
-        self.drafter, self.plan, self.most = drafter, plan, most
-        self._chooser = Adaptive(drafter.costs_steps)
+    def __init__(
+        self,
+        drafter: Drafter,
+        plan: DraftPlan,
+        *,
+        most: int,
+        adaptive: bool,
+        max_tokens: int,
+        exact_tokens: int | None,
+        device: str,
+    ) -> None:
+        self.drafter, self.plan, self.most, self.device = drafter, plan, most, device
+        self.max_tokens = max_tokens
+        self.step_tokens = max_tokens if exact_tokens is None else min(max_tokens, exact_tokens)
+        self._chooser = Adaptive(drafter.costs_steps, drafter.priors)
         self._adaptive = adaptive
         self._offers: dict[int, Offer] = {}
         self._grades: dict[int, int] = {}
         self._stood: dict[int, tuple[int, int]] = {}
         self._before: dict[int, int] = {}
         self.report = SpeculationReport(plan.name, most)
-        self._began = self._step_began = self._draft_s = self._verify_s = 0.0
+        self._began = self._step_began = self._draft_s = self._verify_s = self._joining_s = 0.0
 
     def check_prompt(self, num_tokens: int) -> None:
         """Raise RequestError for a prompt that the draft cannot hold."""
@@ -43,6 +61,22 @@ class Speculator:
     def begin(self) -> None:
         """A generate call starts: its figures are its own, what was learnt stays."""
         self.report = SpeculationReport(self.plan.name, self.most)
+        self._chooser.begin()
+
+    def warm_up(self, target: ModelRunner) -> None:
+        """Compile what drafting runs, and time steps of draft and target. Every rank calls it."""
+        timed = self.drafter.warm_up()
+        if not self._adaptive:
+            return
+        for size, seconds in timed.items():
+            self._chooser.draft.seed(size, seconds)
+        for size, seconds in time_steps(target, TARGET_SIZES, self.drafter.clock).items():
+            self._chooser.target.seed(size, seconds)
+
+    def budget(self, decoding: int, running: int) -> int:
+        """Tokens that may be drafted in all: `decoding` of the `running` rows decode, others read prompts."""
+        most = self.step_tokens if decoding == running else min(self.step_tokens, self.max_tokens // 2)
+        return max(0, most - decoding)
 
     def propose(self, running: Sequence[Answer]) -> None:
         """Draft for the rows that decode; what is drafted becomes their next tokens."""
@@ -50,34 +84,50 @@ class Speculator:
         self._offers.clear()
         self._stood.clear()
         self.drafter.steps = ()
-        candidates, rows = [], []
+        candidates, rows, decoding = [], [], 0
         for answer in running:
             answer.draft = ()
-            limit = min(self.most, answer.params.max_new_tokens - len(answer.output) - 1)
+            left = answer.params.max_new_tokens - len(answer.output)
+            limit = min(self.most, left - 1)
+            decoding += bool(answer.output)
             if not answer.output or limit < 1:
                 continue
             grade = self.drafter.grade(answer)
             if grade is not None:
                 self._grades[id(answer)] = grade
-                candidates.append(Candidate(id(answer), grade, limit))
+                behind = self.drafter.behind(answer)
+                candidates.append(Candidate(id(answer), grade, limit, behind, left))
                 rows.append(answer)
+        budget = self.budget(decoding, len(running))
         if self._adaptive:
-            counts = self._chooser.choose(candidates, len(running))
+            counts = self._chooser.choose(candidates, decoding, budget)
         else:
-            counts = [candidate.limit for candidate in candidates]
+            counts = deal([candidate.limit for candidate in candidates], budget)
         wanted = [(answer, count) for answer, count in zip(rows, counts, strict=True) if count]
         if wanted:
             for (answer, _), offer in zip(wanted, self.drafter.draft(wanted), strict=True):
                 answer.draft = offer.tokens
                 self._offers[id(answer)] = offer
         self._draft_s = self.drafter.clock() - self._began
+        self._joining_s = self._joined(len(wanted))
+
+    def _joined(self, rows: int) -> float:
+        """Seconds of drafting that went into reading what these rows were behind.
+
+        At most two tokens a row are a draft's ordinary step: the last one drafted may have stood.
+        """
+        ordinary = self._chooser.draft.seconds(rows) or 0.0
+        return sum(
+            max(0.0, seconds - ordinary) for tokens, seconds in self.drafter.steps if tokens > 2 * rows
+        )
 
     def begin_step(self) -> None:
         """The target's step begins."""
         self._step_began = self.drafter.clock()
 
     def end_step(self) -> None:
-        """It has returned its logits."""
+        """It has returned its logits. A GPU is waited for: before that it has only been told what to do."""
+        settle(self.device)
         self._verify_s = self.drafter.clock() - self._step_began
 
     def decide(self, answer: Answer, logits_NV: Tensor) -> tuple[int, ...]:
@@ -101,9 +151,10 @@ class Speculator:
             return
         for tokens_run, seconds in self.drafter.steps:
             self._chooser.draft.add(tokens_run, seconds)
-        self._chooser.target.add(size, self._verify_s)
+        self._chooser.target.add(size, self._verify_s, len(rows))
         taken = [self._taken(answer) for answer, _ in rows]
-        self._chooser.book(len(rows), size, self._draft_s, sum(new for _, _, new in taken))
+        new_tokens, drafting_s = sum(new for _, _, new in taken), self._draft_s - self._joining_s
+        self._chooser.book(len(rows), size, drafting_s, new_tokens, self._joining_s)
         total_s = self.drafter.clock() - self._began
         self.report.add(Pass(tuple(taken), self._draft_s, self._verify_s, total_s))
 

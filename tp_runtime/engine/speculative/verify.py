@@ -38,12 +38,13 @@ def decide(
 ) -> tuple[int, ...]:
     """The row's new tokens: the part of the draft that stands, and one of the target's own. At least one.
 
-    logits_NV: of the target, any float dtype; N - 1 tokens of the offer were run. prompt, output: the
-    tokens before them.
+    logits_NV: of the target, any float dtype and device; N - 1 tokens of the offer were run. prompt, output:
+    the tokens before them.
     """
     drafted = offer.tokens[: logits_NV.shape[0] - 1]
     if params.plain_greedy:
         return _greedy(logits_NV, drafted)
+    logits_NV = logits_NV.cpu()  # one wait for the device, not one a row
     before = list(output)
     for row, token in enumerate(drafted):
         if offer.probs is None:
@@ -52,7 +53,7 @@ def decide(
         else:
             target_V = distribution(logits_NV[row], params, prompt, before)
             chosen = accept_or_replace(
-                target_V, offer.probs[row], token, params.seed, len(prompt) + len(before)
+                target_V, offer.probs[row].cpu(), token, params.seed, len(prompt) + len(before)
             )
         before.append(chosen)
         if chosen != token:
