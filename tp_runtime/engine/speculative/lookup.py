@@ -1,24 +1,26 @@
 """Prompt lookup: the answer repeats what prompt or answer said before. No model, no torch.
 
-An index holds, for every pair of neighbouring tokens, where it was seen last and some times before. A draft
-is what followed the place whose past agrees longest with the end of the sequence; on equal length, the latest
-place. Past the end of what is known it goes on from its own tokens, so a loop is drafted as a loop.
+An index holds, for every token and every pair of neighbouring ones, where it was seen last and some times
+before. A draft is what followed the place whose past agrees longest with the end of the sequence; on equal
+length, the one that agrees at most of the last _LONGEST tokens although others differ (records that vary in
+one field), then the latest. Where the last two tokens never stood together the last one alone is looked up:
+seldom right, and so its grade begins with a low acceptance. Past the end of what is known a draft goes on
+from its own tokens, so a loop is drafted as a loop.
 
-Looking up takes tens of microseconds and the index one entry a token. It offers nothing where the last two
-tokens never stood together before. After: Saxena, Prompt Lookup Decoding, 2023
-(https://github.com/apoorvumang/prompt-lookup-decoding).
+Looking up takes tens of microseconds and the index two entries a token. After: Saxena, Prompt Lookup
+Decoding, 2023 (https://github.com/apoorvumang/prompt-lookup-decoding).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from operator import eq
 
 from ..sequence import Sequence
 from .interface import Drafter, Offer
 
-_PAIR = 2
-_PLACES = 16  # of one pair that are compared; the oldest is dropped
+_PLACES = 16  # of one pair, or one token, that are compared; the oldest is dropped
 _LONGEST = 32  # agreement beyond this is not counted
 
 
@@ -31,33 +33,35 @@ class Match:
 
 
 class NgramIndex:
-    """Where pairs of neighbouring tokens were seen in one growing list of tokens."""
+    """Where tokens and pairs of neighbouring ones were seen in one growing list of tokens."""
 
     def __init__(self) -> None:
         self.tokens: list[int] = []
-        self._places: dict[tuple[int, int], list[int]] = {}
+        self._places: dict[tuple[int, ...], list[int]] = {}
 
     def extend(self, tokens: Seq[int]) -> None:
         """Append tokens."""
         for token in tokens:
             self.tokens.append(token)
-            at = len(self.tokens) - 1  # the pair before `token` is now known to be followed by it
-            if at >= _PAIR:
-                places = self._places.setdefault((self.tokens[at - 2], self.tokens[at - 1]), [])
+            at = len(self.tokens) - 1  # what stands before `token` is now known to be followed by it
+            for length in range(1, min(2, at) + 1):
+                places = self._places.setdefault(tuple(self.tokens[at - length : at]), [])
                 places.append(at)
                 if len(places) > _PLACES:
                     del places[0]
 
     def find(self) -> Match | None:
-        """The place that agrees longest with the end; None where the last two tokens are new together."""
-        if len(self.tokens) < _PAIR:
+        """The place that agrees best with the end; None where the last token is new."""
+        pair, one = tuple(self.tokens[-2:]), tuple(self.tokens[-1:])
+        places = self._places.get(pair) or self._places.get(one) or ()
+        lengths = {position: self._agreement(position) for position in places}
+        longest = max(lengths.values(), default=0)
+        best = [position for position in places if lengths[position] == longest]
+        if not best:
             return None
-        best: Match | None = None
-        for position in reversed(self._places.get((self.tokens[-2], self.tokens[-1]), ())):
-            length = self._agreement(position)
-            if best is None or length > best.length:
-                best = Match(position, length)
-        return best
+        if len(best) == 1 or longest == _LONGEST:
+            return Match(best[-1], longest)
+        return Match(max(best, key=lambda position: (self._resemblance(position), position)), longest)
 
     def _agreement(self, position: int) -> int:
         """Tokens before `position` that equal those at the end of the list."""
@@ -66,6 +70,11 @@ class NgramIndex:
         while length < most and tokens[position - 1 - length] == tokens[end - 1 - length]:
             length += 1
         return length
+
+    def _resemblance(self, position: int) -> int:
+        """How many of the _LONGEST tokens before `position` equal those at the end, in their places."""
+        past, end = self.tokens[max(0, position - _LONGEST) : position], self.tokens[-_LONGEST:]
+        return sum(map(eq, reversed(past), reversed(end)))
 
     def continuation(self, match: Match, count: int) -> tuple[int, ...]:
         """The `count` tokens that followed the match, read on into themselves where they run out."""
@@ -79,13 +88,14 @@ class LookupDraft(Drafter):
     """Drafts by NgramIndex, one for each sequence."""
 
     costs_steps = False
+    priors = {1: (0.5, 1.5)}
 
     def __init__(self) -> None:
         self._indices: dict[int, NgramIndex] = {}
         self._matches: dict[int, Match] = {}
 
     def grade(self, sequence: Sequence) -> int | None:
-        """2 for two tokens in agreement, 3 for three, then 4 for 4-7, 5 for 8-15, 6 for more."""
+        """Tokens in agreement up to 3, then 4 for 4-7, 5 for 8-15, 6 for more."""
         index = self._indices.setdefault(id(sequence), NgramIndex())
         held, prompt = len(index.tokens), sequence.prompt
         if held < len(prompt):
