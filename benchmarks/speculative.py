@@ -41,7 +41,7 @@ COPY = {
         '  {"id": 1, "type": "temperature", "unit": "celsius", "room": "kitchen", "active": true},\n'
         '  {"id": 2, "type": "humidity", "unit": "percent", "room": "kitchen", "active": true},\n'
         '  {"id": 3, "type": "temperature", "unit": "celsius", "room": "bedroom", "active": true},\n'
-        '  {"id": 4, "type": "humidity", "unit": "percent", "room": "bedroom", "active": true},\n'
+        '  {"id": 4, "type": "humidity", "unit": "percent", "room": "bedroom", "active": true},'
     ),
     "code": (
         "Fix the one wrong operator in this Python function and write the whole function again.\n\n"
@@ -111,6 +111,7 @@ def _seconds(llm: Any, prompt: Any, tokens: int, clock: Clock) -> tuple[float, t
 def _against_plain(llm: Any, prompt: Any, args: argparse.Namespace, clock: Clock) -> dict[str, Any]:
     """Rounds of one answer without and with the draft."""
     speculator, ratios, plain_s, same = llm.speculator, [], [], True
+    passes = []
     for _ in range(args.rounds):
         llm.speculator = None
         without, wanted = _seconds(llm, prompt, args.tokens, clock)
@@ -118,7 +119,9 @@ def _against_plain(llm: Any, prompt: Any, args: argparse.Namespace, clock: Clock
         with_draft, found = _seconds(llm, prompt, args.tokens, clock)
         same = same and found == wanted
         plain_s.append(without)
+        passes += speculator.report.passes
         ratios.append(without / with_draft if with_draft else 0.0)
+    speculator.report.passes = passes
     figures = speculator.report.to_dict()
     return {
         "speedup": statistics.median(ratios),

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from ..config import EngineConfig, SamplingParams
 from ..engine.figures import Timing, peak_rss_bytes
 from ..engine.llm import LLM
+from ..engine.speculative.report import SpeculationReport, speculation_words
 from ..models.config import ModelConfig
 from .definitions import (
     PREFILL_ROWS,
@@ -63,10 +64,14 @@ def _measured(llm: LLM, args: Namespace, group: dist.ProcessGroup) -> dict[str, 
     ceiling = ReadCeiling(args.bytes or ceiling_bytes(), group) if on_cpu else None
     prefills: list[Timing] = []
     decodes: list[list[Timing]] = []
+    speculator = llm.speculator
+    speculation = None if speculator is None else SpeculationReport(speculator.plan.name, speculator.most)
     if ceiling is not None:
         ceiling.read()
     for _ in range(args.repeat):
         decodes.append([_generate(llm, depth, args.new_tokens, args.batch) for depth in depths])
+        if speculator is not None and speculation is not None:
+            speculation.passes += speculator.report.passes  # of the last context
         same = deep == args.prompt_tokens
         prefills.append(decodes[-1][-1] if same else _generate(llm, args.prompt_tokens, 1, args.batch))
         if ceiling is not None:
@@ -76,7 +81,11 @@ def _measured(llm: LLM, args: Namespace, group: dist.ProcessGroup) -> dict[str, 
     firsts = [total(timing.ttft_s, group) for timing in prefills]
     at_most = Spread.of([turn[-1] for turn in speeds])
     document = _document(llm, args, at_most, Spread.of(firsts), ceiling)
-    return document | {"peak_rss_bytes": rss, "contexts": _over_contexts(llm, args, speeds)}
+    return document | {
+        "peak_rss_bytes": rss,
+        "contexts": _over_contexts(llm, args, speeds),
+        "speculation": None if speculation is None else speculation.to_dict(),
+    }
 
 
 def _over_contexts(llm: LLM, args: Namespace, speeds: list[list[float]]) -> list[dict[str, Any]]:
@@ -115,7 +124,8 @@ def _document(
     built, config = llm.built, llm.built.model_config
     token_bytes = built.weight_bytes_per_token
     resident = built.device == "cpu" and is_cache_resident(token_bytes)
-    claim = ceiling is not None and not resident
+    # With a draft, weights are not read once a token.
+    claim = ceiling is not None and not resident and llm.speculator is None
     return {
         "model": llm.source.name,
         "layers": config.num_layers,
@@ -192,6 +202,8 @@ def line(document: dict[str, Any]) -> str:
         parts.append(f"MBU {share:.3f} of {document['read_ceiling_gb_s']:.1f} GB/s")
     elif document["cache_resident"]:
         parts.append("weights fit the caches: no MBU")
+    if document["speculation"] is not None:
+        parts.append(speculation_words(document["speculation"]))
     parts.append(f"first token {document['ttft_s']:.3f} s")
     parts.append(f"prefill {document['prefill_tok_s']:.0f} tokens/s, share {document['prefill_share']:.3f}")
     parts.append("RSS " + " ".join(f"{peak / 2**30:.2f}" for peak in document["peak_rss_bytes"]) + " GiB")

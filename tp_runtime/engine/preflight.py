@@ -26,7 +26,7 @@ from .memory import (
     sharding_plan,
 )
 from .source import ModelSource, resolve
-from .speculative.kind import DraftPlan, check_memory, plan_draft
+from .speculative.kind import DraftPlan, draft_memory, plan_draft, warn_if_larger
 from .tokenizing import open_tokenizer
 
 
@@ -65,7 +65,10 @@ def preflight_engine(engine: EngineConfig, nproc: int) -> tuple[ModelSource, int
     )
     memory.check(source.name)
     if draft is not None:
-        check_memory(draft, memory)
+        beside = draft_memory(draft, memory)
+        if beside is not None:
+            beside.check(f"the draft {draft.name}")
+        warn_if_larger(draft, source, engine, memory.dtype)
     return source, context, draft
 
 
@@ -110,7 +113,10 @@ def _long_prompts(source: ModelSource, requests: Sequence[Any], context: int) ->
 
 
 def show_plan(engine: EngineConfig, nproc: int, *, as_json: bool) -> None:
-    """Print how the weights divide over `nproc` ranks, every rank's bytes, and whether they fit."""
+    """Print how the weights divide over `nproc` ranks, every rank's bytes, and whether they fit.
+
+    A draft that is a model stands behind its target; what it has free is what that leaves.
+    """
     source = _plan_source(engine)
     device = pick_device(engine)
     dtype = pick_dtype(engine, device)
@@ -122,27 +128,37 @@ def show_plan(engine: EngineConfig, nproc: int, *, as_json: bool) -> None:
     token_bytes = weight_bytes_per_token(
         plan, source.config.tie_word_embeddings, format_of, DTYPE_BYTES[dtype]
     )
+    draft = plan_draft(_with_shapes(engine, engine.draft), source)
+    beside = None if draft is None else draft_memory(draft, memory)
     if as_json:
         document = {"model": source.name, "weight_bytes_per_token": token_bytes, **memory.to_dict()}
+        if draft is not None:
+            document["draft"] = {"model": draft.name, **(beside.to_dict() if beside else {"ranks": []})}
         sys.stdout.write(json.dumps({**document, "plan": json.loads(plan.to_json())}) + "\n")
         return
     sys.stdout.write(plan.to_text(dtype_bytes=DTYPE_BYTES[dtype], format_of=format_of) + "\n")
-    sys.stdout.write(_memory_text(source.name, memory, token_bytes) + "\n")
+    sys.stdout.write(_memory_text(source.name, memory, f"decoding a token reads {gib(token_bytes)}") + "\n")
+    if draft is not None and beside is not None:
+        where = "whole on rank 0" if draft.on_one else "split over the ranks"
+        sys.stdout.write(_memory_text(f"the draft {draft.name}", beside, where) + "\n")
 
 
 def _plan_source(engine: EngineConfig) -> ModelSource:
     """The model's shape; a plan needs no weights."""
+    return _source(engine if engine.weights is not None else _with_shapes(engine, engine.model))
+
+
+def _with_shapes(engine: EngineConfig, model: str | None) -> EngineConfig:
+    """Random weights where `model` names a shape that is known."""
     from ..models import registry
 
-    if engine.model is not None and engine.weights is None and registry.find(engine.model) is not None:
-        return resolve(engine.model, weights=None, random_weights=True, layers=engine.layers)
-    return _source(engine)
+    known = model is not None and registry.find(model) is not None
+    return engine.with_changes(random_weights=True) if known else engine
 
 
-def _memory_text(name: str, memory: MemoryPlan, token_bytes: int) -> str:
+def _memory_text(name: str, memory: MemoryPlan, remark: str) -> str:
     lines = [
-        f"{name}, {memory.quant}/{memory.dtype}, context {memory.context}: "
-        f"decoding a token reads {gib(token_bytes)}",
+        f"{name}, {memory.quant}/{memory.dtype}, context {memory.context}: {remark}",
         "rank      weights    KV cache       total        free  fits",
     ]
     for rank in memory.ranks:

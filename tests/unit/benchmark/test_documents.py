@@ -89,6 +89,21 @@ def test_decode_over_one_and_two_ranks(tiny: list[str]) -> None:
 
 @pytest.mark.timeout(600)
 @pytest.mark.full
+def test_decode_with_a_draft(tiny: list[str]) -> None:
+    """Figures of all repetitions, and no share of the memory bandwidth."""
+    words = ["decode", *tiny, "--nproc", "1", *SMALL, "--draft", "lookup", "--no-draft-adaptive"]
+    document = tp_bench([*words, "--context", "64"])
+    found = document["speculation"]
+    assert set(found) >= {
+        "acceptance_by_position", "tokens_per_target_pass", "draft_ms", "verify_ms", "overhead_ms",
+        "speedup_measured", "speedup_predicted",
+    }  # fmt: skip
+    assert document["mbu"] is None and found["target_passes"] >= 2
+    assert found["tokens_per_target_pass"] >= 1 and found["verify_ms"] > 0
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.full
 def test_decode_with_a_deep_context_and_fresh_starts(tiny: list[str]) -> None:
     words = ["--quant", "int8", "--context", "40", "--startup"]
     document = tp_bench(["decode", *tiny, *SMALL, *words])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -9,9 +11,10 @@ from hypothesis import strategies as st
 from tp_runtime.config import MOST_DRAFT_TOKENS, EngineConfig
 from tp_runtime.engine.kv_blocks import BlockPool
 from tp_runtime.engine.memory import MemoryPlan, RankMemory
+from tp_runtime.engine.preflight import show_plan
 from tp_runtime.engine.source import ModelSource, resolve
 from tp_runtime.engine.speculative import kind
-from tp_runtime.engine.speculative.kind import check_memory, plan_draft
+from tp_runtime.engine.speculative.kind import draft_memory, plan_draft, warn_if_larger
 from tp_runtime.engine.speculative.skip import kept_layers
 from tp_runtime.errors import ConfigError, MemoryLimitError, RequestError
 
@@ -96,11 +99,46 @@ def test_a_draft_must_fit_beside_its_target(target: ModelSource) -> None:
     for limit, fits in ((4 << 30, True), (3 << 30, False)):
         ranks = tuple(RankMemory(rank, 2 << 30, 1 << 20, limit) for rank in range(2))
         beside = MemoryPlan(ranks, 1024, "bf16", "none")
+        found = draft_memory(plan, beside)
+        assert found is not None
         if fits:
-            check_memory(plan, beside)
+            found.check("the draft self:int8")
         else:
             with pytest.raises(MemoryLimitError, match="the draft self:int8"):
-                check_memory(plan, beside)
+                found.check("the draft self:int8")
+
+
+@pytest.mark.parametrize(("quant", "draft_quant", "said"), [("int4", "int8", True), ("none", "int8", False)])
+def test_a_draft_larger_than_its_target(
+    quant: str, draft_quant: str, said: bool, target: ModelSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From shapes alone, before anything is loaded."""
+    warnings: list[str] = []
+    monkeypatch.setattr(kind, "once", warnings.append)
+    engine = EngineConfig(draft="llama-1b", draft_quant=draft_quant, quant=quant, random_weights=True)
+    plan = plan_draft(engine, target)
+    assert plan is not None
+    warn_if_larger(plan, target, engine, "bf16")
+    assert ["drafting cannot pay" in one for one in warnings] == [True] * said
+
+
+def test_two_names_of_one_format(target: ModelSource) -> None:
+    for quant, draft in (("int4", "self:int4-g32"), ("int4-g32", "self:int4")):
+        with pytest.raises(ConfigError, match="the target itself"):
+            plan_draft(EngineConfig(quant=quant, draft=draft), target)
+
+
+def test_the_plan_shows_the_draft(capsys: pytest.CaptureFixture[str]) -> None:
+    engine = EngineConfig(model="llama-1b", draft="self:int4-g64", draft_ranks="one")
+    show_plan(engine, 2, as_json=False)
+    assert "the draft self:int4-g64, int4-g64/" in capsys.readouterr().out
+    show_plan(engine.with_changes(draft="llama-1b", draft_ranks="auto"), 2, as_json=True)
+    document = json.loads(capsys.readouterr().out)
+    ranks, draft = document["ranks"], document["draft"]
+    assert draft["model"] == "llama-1b" and len(draft["ranks"]) == 2
+    assert draft["ranks"][0]["weight_bytes"] == ranks[0]["weight_bytes"]
+    show_plan(engine.with_changes(draft="lookup", draft_ranks="auto"), 2, as_json=True)
+    assert json.loads(capsys.readouterr().out)["draft"] == {"model": "lookup", "ranks": []}
 
 
 def test_kept_layers() -> None:

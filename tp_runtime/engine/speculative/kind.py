@@ -15,8 +15,18 @@ from ...checkpoint.inventory import stored_tensors
 from ...config import EngineConfig
 from ...errors import ConfigError, ModelNotFoundError, RequestError
 from ...layout import weight_format
+from ...log import once
 from ...text import Tokenizer
-from ..memory import OVERHEAD_BYTES, MemoryPlan, context_limit, formats, memory_plan, sharding_plan
+from ..figures import weight_bytes_per_token
+from ..memory import (
+    DTYPE_BYTES,
+    OVERHEAD_BYTES,
+    MemoryPlan,
+    context_limit,
+    formats,
+    memory_plan,
+    sharding_plan,
+)
 from ..source import ModelSource, resolve
 from ..tokenizing import has_vocabulary, open_tokenizer
 
@@ -71,8 +81,7 @@ def plan_draft(engine: EngineConfig, target: ModelSource) -> DraftPlan | None:
     if head == "skip":
         return DraftPlan(name, "skip", context, skipped=_skipped(rest, target.config.num_layers))
     if head == "self":
-        weight_format(rest)
-        if rest == engine.quant:
+        if weight_format(rest) == weight_format(engine.quant):
             raise ConfigError(f"--draft {name} is the target itself, so it saves nothing; use fewer bits")
         own = _settings(engine, context, quant=rest, head_quant=None)
         return DraftPlan(
@@ -81,24 +90,42 @@ def plan_draft(engine: EngineConfig, target: ModelSource) -> DraftPlan | None:
     return _other_model(name, engine, target, context)
 
 
-def check_memory(draft: DraftPlan, target: MemoryPlan) -> None:
-    """Raise MemoryLimitError where a draft model does not fit beside its target, on the same ranks."""
+def draft_memory(draft: DraftPlan, target: MemoryPlan) -> MemoryPlan | None:
+    """What a draft model holds beside its target, on the same ranks; None for a draft that holds nothing."""
     if draft.source is None or draft.engine is None:
-        return
+        return None
     stored = None if draft.source.weights_path is None else stored_tensors(draft.source.weights_path)
     world = 1 if draft.on_one else len(target.ranks)
     left = [
         None if r.limit_bytes is None else r.limit_bytes - r.total_bytes + OVERHEAD_BYTES
         for r in target.ranks
     ]
-    memory_plan(
+    return memory_plan(
         draft.source.config,
         sharding_plan(draft.source.config, world),
         draft.engine,
         dtype=target.dtype,
         format_of=formats(draft.engine, stored),
         limits=left[:world],
-    ).check(f"the draft {draft.name}")
+    )
+
+
+def warn_if_larger(draft: DraftPlan, target: ModelSource, engine: EngineConfig, dtype: str) -> None:
+    """Say so where a draft model reads more a token than its target. engine: the target's settings."""
+    if draft.source is None or draft.engine is None:
+        return
+    ours, theirs = _token_bytes(target, engine, dtype), _token_bytes(draft.source, draft.engine, dtype)
+    if theirs > ours:
+        once(
+            f"--draft {draft.name} reads {theirs / 1e6:.0f} MB a token and the target {ours / 1e6:.0f} MB, "
+            f"so drafting cannot pay; use a smaller draft"
+        )
+
+
+def _token_bytes(source: ModelSource, engine: EngineConfig, dtype: str) -> int:
+    stored = None if source.weights_path is None else stored_tensors(source.weights_path)
+    plan, tied = sharding_plan(source.config, 1), source.config.tie_word_embeddings
+    return weight_bytes_per_token(plan, tied, formats(engine, stored), DTYPE_BYTES[dtype])
 
 
 def _skipped(text: str, num_layers: int) -> int:
