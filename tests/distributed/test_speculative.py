@@ -43,14 +43,14 @@ CASES = [
 LENGTHS = (3, 45, 17)
 
 
-def save_model(folder: Path, layers: int) -> str:
+def save_model(folder: Path, layers: int, vocab_size: int = 131) -> str:
     """A tiny random Llama. Models of different depth share their first layers and their vocabulary."""
     import torch
     import transformers
 
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=131, hidden_size=48, intermediate_size=80, num_hidden_layers=layers, num_attention_heads=6,
+        vocab_size=vocab_size, hidden_size=48, intermediate_size=80, num_hidden_layers=layers, num_attention_heads=6,
         num_key_value_heads=3, head_dim=16, max_position_embeddings=128 if layers < 3 else 256,
         initializer_range=0.3, bos_token_id=1, eos_token_id=2, tie_word_embeddings=True,
     )  # fmt: skip
@@ -173,3 +173,104 @@ def test_a_draft_with_a_shorter_context(models: tuple[str, str]) -> None:
     assert found == wanted
     assert 0 < drafted < 60, "the draft must fall silent at its 128 tokens"
     assert "128 tokens" in message and "holds 128" in message
+
+
+def save_tokenizer(folder: Path) -> None:
+    """128 tokens of one byte each: models with more rows in their embedding are padded."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())[:128]
+    tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def answers(path: str, params: Any, **settings: Any) -> tuple[list[Any], dict[str, Any] | None]:
+    """Texts and tokens of seven prompts over three rows, and the figures."""
+    from tp_runtime.engine.llm import LLM
+
+    prompts = (make_prompts() * 3)[:7]
+    each = [params(number) for number in range(len(prompts))]
+    with LLM(path, dtype="fp32", compile=False, max_batch=3, **settings) as llm:
+        done = llm.generate(prompts, each)
+        llm.pool.sanity_checks()
+        assert llm.pool.num_free == llm.pool.num_blocks - 1, "blocks were not given back"
+        figures = None if llm.speculator is None else llm.speculator.report.to_dict()
+    return [(one.tokens, one.text, one.finish_reason) for one in done], figures
+
+
+def greedy(number: int, **changes: Any) -> Any:
+    from tp_runtime.config import SamplingParams
+
+    return SamplingParams(**{"max_new_tokens": 12 + number, "ignore_eos": True, **changes})
+
+
+def sampled(number: int) -> Any:
+    return greedy(number, temperature=0.7, top_p=0.95, repetition_penalty=1.1, seed=number)
+
+
+def queue_body(path: str) -> None:
+    """More prompts than rows, greedy and sampled, by a draft that has the room of a small step alone."""
+    for params in (greedy, sampled):
+        wanted, _ = answers(path, params)
+        for chunk in (4, 512):
+            found, figures = answers(path, params, draft="lookup", draft_adaptive=False, prefill_chunk=chunk)
+            assert found == wanted, f"{params.__name__}, steps of {chunk}"
+            assert figures is not None and figures["drafted_tokens"] > 0
+    found, figures = answers(path, greedy, draft=path, draft_adaptive=False, draft_tokens=15, prefill_chunk=6)
+    assert found == answers(path, greedy)[0]
+    assert figures is not None and figures["acceptance"] > 0.9
+
+
+def test_more_prompts_than_rows(models: tuple[str, str]) -> None:
+    """Lookups compare with the target's own draw, so sampled rows are token for token those without a draft."""
+    run_ranks(1, queue_body, models[0], timeout=300)
+
+
+def stop_body(path: str, drafts: list[str]) -> None:
+    """Drafts with other paddings of the vocabulary; and a stop string inside an accepted run."""
+    wanted, _ = answers(path, greedy)
+    for draft in drafts:
+        found, figures = answers(path, greedy, draft=draft, draft_adaptive=False, draft_tokens=3)
+        assert found == wanted, draft
+        assert figures is not None and figures["drafted_tokens"] > 0
+    text = wanted[0][1]
+    assert len(text) > 9, "a stop string lies a few tokens behind the beginning"
+
+    def stopping(number: int) -> Any:
+        return greedy(number, stop=(text[6:8],))
+
+    cut, _ = answers(path, stopping)
+    assert cut[0][2] == "stop" and len(cut[0][0]) < len(wanted[0][0])
+    found, figures = answers(path, stopping, draft=path, draft_adaptive=False, draft_tokens=15)
+    assert found == cut
+    assert figures is not None and figures["acceptance"] > 0.9
+
+
+def test_padded_vocabularies_and_stop_strings(tmp_path: Path) -> None:
+    paths = [save_model(tmp_path / str(size), 2, size) for size in (131, 128, 137)]
+    for path in paths:
+        save_tokenizer(Path(path))
+    run_ranks(1, stop_body, paths[0], paths[1:], timeout=300)
+
+
+def exact_body(path: str) -> None:
+    from tp_runtime.config import SamplingParams
+    from tp_runtime.engine.llm import LLM
+
+    params = SamplingParams(max_new_tokens=24, ignore_eos=True, logprobs=3)
+    found = []
+    for draft in ({}, {"draft": "lookup", "draft_adaptive": False, "draft_tokens": 4}):
+        settings = {"dtype": "bf16", "native_step": False, "speculate_exact": True, "max_batch": 1, **draft}
+        with LLM(path, **settings) as llm:
+            found.append([llm.generate([prompt], params)[0] for prompt in make_prompts()])
+            if llm.speculator is not None:
+                assert llm.speculator.report.to_dict()["drafted_tokens"] > 0
+    for one, other in zip(*found, strict=True):
+        assert one.tokens == other.tokens
+        assert one.logprobs == other.logprobs, "bits differ"
+
+
+@pytest.mark.full
+def test_exact_is_exact_through_torch_compile(models: tuple[str, str]) -> None:
+    run_ranks(1, exact_body, models[0], timeout=500)
