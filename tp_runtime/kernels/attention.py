@@ -27,7 +27,7 @@ def empty_cache(shape: Sequence[int], dtype: torch.dtype, device: str) -> Tensor
     """Uninitialised memory for a cache; on CPUs on huge pages, where the kernels and the host offer them."""
     if device == "cpu" and build.available():
         num_bytes = math.prod(shape) * dtype.itemsize
-        return torch.ops.tp_cpu.empty_weight(num_bytes).view(dtype).view(*shape)
+        return torch.ops.tp_cpu.empty_weight(num_bytes, placed=False).view(dtype).view(*shape)
     return torch.empty(*shape, dtype=dtype, device=device)
 
 

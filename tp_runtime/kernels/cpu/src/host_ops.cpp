@@ -47,7 +47,7 @@ double read_seconds(const at::Tensor& memory, int64_t streams) {
 TORCH_LIBRARY_FRAGMENT(tp_cpu, m) {
   m.def("isa() -> str", &isa_name);
   m.def("limit_isa(str name) -> ()", &limit_isa_by_name);
-  m.def("empty_weight(int bytes) -> Tensor", &empty_weight);
+  m.def("empty_weight(int bytes, bool placed=True) -> Tensor", &empty_weight);
   m.def("read_seconds(Tensor memory, int streams) -> float", &read_seconds);
 }
 

@@ -2,8 +2,13 @@
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
+#include <linux/mempolicy.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
+#include <cerrno>
+#include <cstring>
 #include <memory>
 #include <mutex>
 
@@ -15,12 +20,30 @@ constexpr size_t kChunk = size_t{16} << 20;  // of small weights that share huge
 
 size_t rounded(size_t bytes) { return (bytes + 63) / 64 * 64; }
 
+// Where the process interleaves its memory, gives these pages to the node of the thread that writes them first:
+// weights are packed by the threads that will read them. Other policies are what the user asked for, and hold.
+void place_where_touched(void* start, size_t bytes) {
+  constexpr int kWeightedInterleave = 6;  // since Linux 6.9
+  int mode = MPOL_DEFAULT;
+  // Containers may forbid either call and small kernels lack them; pages then follow the process's policy.
+  const auto done = [](long result) {
+    TORCH_CHECK(result == 0 || errno == EPERM || errno == ENOSYS, "weights cannot be placed on their node: ",
+                std::strerror(errno));
+    return result == 0;
+  };
+  if (!done(syscall(SYS_get_mempolicy, &mode, nullptr, 0UL, nullptr, 0UL))) return;
+  mode &= ~MPOL_MODE_FLAGS;
+  if (mode != MPOL_INTERLEAVE && mode != kWeightedInterleave) return;
+  done(syscall(SYS_mbind, start, bytes, MPOL_LOCAL, nullptr, 0UL, 0U));
+}
+
 // Untouched memory that begins on a huge page, unmapped with its last owner.
 class Pages {
  public:
-  explicit Pages(size_t bytes) : mapped_(bytes + kHugePage) {
+  Pages(size_t bytes, bool placed) : mapped_(bytes + kHugePage) {
     raw_ = mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     TORCH_CHECK(raw_ != MAP_FAILED, "no address space for weights of ", bytes, " bytes");
+    if (placed) place_where_touched(raw_, mapped_);
     auto* start = static_cast<uint8_t*>(raw_);
     begin = start + (kHugePage - reinterpret_cast<uintptr_t>(start) % kHugePage) % kHugePage;
     madvise(begin, bytes, MADV_HUGEPAGE);  // a wish: hosts without huge pages serve small ones
@@ -64,15 +87,15 @@ uint8_t* Scratch::take_bytes(size_t bytes) {
   return piece;
 }
 
-at::Tensor empty_weight(int64_t bytes) {
+at::Tensor empty_weight(int64_t bytes, bool placed) {
   const size_t size = static_cast<size_t>(bytes);
   if (size == 0) return at::empty({0}, at::kByte);
-  if (size >= kHugePage) return tensor_in(std::make_shared<Pages>(size), 0, bytes);
+  if (size >= kHugePage) return tensor_in(std::make_shared<Pages>(size, placed), 0, bytes);
   static std::mutex mutex;
   static std::shared_ptr<Pages> chunk;
   static size_t used = kChunk;
   const std::lock_guard<std::mutex> lock(mutex);
-  if (used + size > kChunk) chunk = std::make_shared<Pages>(kChunk), used = 0;
+  if (used + size > kChunk) chunk = std::make_shared<Pages>(kChunk, true), used = 0;
   const size_t at = used;
   used += rounded(size);
   return tensor_in(chunk, at, bytes);

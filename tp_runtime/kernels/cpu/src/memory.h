@@ -30,6 +30,8 @@ class Scratch {
 
 // An untouched uint8 tensor on huge pages where the host allows it (madvise), which saves the page walks that
 // streams of weights otherwise pay for, and lets hardware prefetchers run on. Small weights share pages.
-at::Tensor empty_weight(int64_t bytes);
+// placed: each page lies on the node of the thread that first writes it, also where the process interleaves; a cache,
+// which one thread writes and all read, follows the process's policy.
+at::Tensor empty_weight(int64_t bytes, bool placed = true);
 
 }  // namespace tp
