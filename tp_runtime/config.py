@@ -18,7 +18,7 @@ DEVICES = ("auto", "cpu", "cuda")
 KERNELS = ("auto", "reference")
 DRAFT_RANKS = ("auto", "all", "one")
 MOST_DRAFT_TOKENS = 15  # with the token before them 16, which the kernels for few rows take at once
-CACHE_DTYPES = ("auto", "bf16")
+CACHE_DTYPES = ("auto", "bf16", "int8")
 COLLECTIVES = ("auto", "shm", "c10d")
 
 
@@ -44,7 +44,8 @@ class EngineConfig:
     of head and embedding (None: int8 where quant is int4, else quant). int4_asym: give groups an
     offset. context: most tokens a row may hold (None: the model's limit, at most 8192). max_batch: rows
     that run at once. compile: run the step compiled; native_step: through the C++ kernels' own plan where
-    every layer fits it, else through torch.compile. cache_bytes: bytes of this rank's KV cache (None:
+    every layer fits it, else through torch.compile. cache_dtype: the KV cache's numbers; int8 has a scale a
+    token and head, CPUs only (auto: as computed). cache_bytes: bytes of this rank's KV cache (None:
     max_batch rows of `context`, less where memory is short). prefill_chunk: most tokens of one step.
     threads: lowers a rank's share of threads, never raises it. collective_timeout_s: how long a rank may
     keep the others waiting once tokens flow (None: what tp-launch --collective-timeout said, else 60);

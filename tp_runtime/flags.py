@@ -28,6 +28,10 @@ from .errors import ConfigError
 from .layout import ALIASES, FORMATS
 
 QUANTS = ("none", *FORMATS, *ALIASES)
+_CACHE_HELP = (
+    "of the KV cache; int8 (CPUs only): half of bf16's bytes, a scale a token and head (default: auto, as "
+    "computed)"
+)
 SPELLED = {"collective_timeout_s": "collective_timeout", "load_timeout_s": "load_timeout"}
 
 
@@ -79,7 +83,7 @@ def add_engine_flags(parser: argparse.ArgumentParser, *, several_quants: bool = 
     run.add_argument("--device", choices=DEVICES, help="default: auto")
     run.add_argument("--context", type=int, metavar="TOKENS", help="most tokens a sequence may hold")
     run.add_argument("--max-batch", type=int, metavar="ROWS", help="sequences that run at once (default: 8)")
-    run.add_argument("--cache-dtype", choices=CACHE_DTYPES, help="of the KV cache (default: auto)")
+    run.add_argument("--cache-dtype", choices=CACHE_DTYPES, help=_CACHE_HELP)
     run.add_argument("--cache-bytes", type=int, metavar="BYTES", help="of one rank's KV cache")
     run.add_argument(
         "--prefill-chunk", type=int, metavar="TOKENS", help="most tokens of one step (default: 512)"

@@ -21,6 +21,7 @@ DRAFTS: dict[str, dict[str, Any]] = {
     "adaptive": {"draft": "lookup"},
     "adaptive self": {"draft": "self:int8", "draft_ranks": "all"},
     "exact": {"draft": "self:int4-g32", "draft_ranks": "all", "speculate_exact": True},
+    "int8 cache": {"draft": "self:int8", "draft_adaptive": False, "draft_tokens": 4, "cache_dtype": "int8"},
 }
 # How a step runs: module by module, compiled by torch, or as one call of the C++ kernels.
 STEPS: dict[str, dict[str, Any]] = {
@@ -34,6 +35,7 @@ SELECTED = {
     ("skip", 2, "native"),
     ("on one rank", 2, "eager"),
     ("measured", 2, "native"),
+    ("int8 cache", 2, "native"),
 }
 CASES = [
     pytest.param(name, world, step, marks=[] if (name, world, step) in SELECTED else [pytest.mark.full])
@@ -100,7 +102,15 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 
 @pytest.fixture(scope="module")
 def without_draft(models: tuple[str, str]) -> Any:
-    return run_ranks(1, body, models[0], {"compile": False}, timeout=300)[0][0]
+    made: dict[str, Any] = {}
+
+    def get(cache_dtype: str = "auto") -> Any:
+        if cache_dtype not in made:
+            settings = {"compile": False, "cache_dtype": cache_dtype}
+            made[cache_dtype] = run_ranks(1, body, models[0], settings, timeout=300)[0][0]
+        return made[cache_dtype]
+
+    return get
 
 
 @pytest.mark.parametrize(("name", "world", "step"), CASES)
@@ -112,7 +122,7 @@ def test_tokens_are_those_without_a_draft(
     }
     results = run_ranks(world, body, models[0], {**STEPS[step], **settings}, timeout=500)
     for found, _ in results:
-        assert found == without_draft
+        assert found == without_draft(settings.get("cache_dtype", "auto"))
     figures = results[0][1]
     print(
         {key: figures[key] for key in ("acceptance_by_position", "tokens_per_target_pass", "drafted_tokens")}
@@ -139,7 +149,7 @@ def stopping_body(path: str, settings: dict[str, Any], eos: int, stop_after: int
 
 def test_ends_inside_an_accepted_run(models: tuple[str, str], without_draft: Any) -> None:
     """The target as its own draft in all but name: everything is accepted, so ends fall inside runs."""
-    tokens = without_draft[0]
+    tokens = without_draft()[0]
     eos = next(token for token in tokens[6:] if tokens.index(token) >= 6)
     end = tokens.index(eos) + 1
     settings = {"draft": models[0], "draft_adaptive": False, "draft_tokens": 5}

@@ -114,8 +114,8 @@ def _over_contexts(llm: LLM, args: Namespace, speeds: list[list[float]]) -> list
 
 def _cache_bytes(llm: LLM, args: Namespace, context: int) -> int:
     """Of one row, in the middle of its answer."""
-    itemsize = llm.runner.cache.shape.dtype.itemsize
-    return cache_bytes_per_token(llm.built.model_config, context - args.new_tokens // 2, itemsize)
+    vector_bytes = llm.runner.cache.shape.vector_bytes
+    return cache_bytes_per_token(llm.built.model_config, context - args.new_tokens // 2, vector_bytes)
 
 
 def _document(

@@ -94,9 +94,12 @@ def prefill_operations(config: ModelConfig, num_tokens: int) -> int:
     return body * config.num_layers * num_tokens + 2 * config.vocab_size * config.hidden_size
 
 
-def cache_bytes_per_token(config: ModelConfig, num_tokens: int, dtype_bytes: int) -> int:
-    """Bytes of keys and values that decoding one token after `num_tokens` cached ones reads, unsharded."""
-    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype_bytes * num_tokens
+def cache_bytes_per_token(config: ModelConfig, num_tokens: int, vector_bytes: int) -> int:
+    """Bytes of keys and values that decoding one token after `num_tokens` cached ones reads, unsharded.
+
+    vector_bytes: of one token's key of one head, as CacheShape has it.
+    """
+    return 2 * config.num_layers * config.num_kv_heads * vector_bytes * num_tokens
 
 
 def bits_per_weight(quant: str) -> float:

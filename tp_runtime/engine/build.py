@@ -35,7 +35,7 @@ from ..quant.tensor import QuantizedTensor
 from ..sharding.layers import wrap_modules
 from ..sharding.plan import Plan
 from .cuda_fuse import fuse_projections
-from .device import has_compiler, pick_device, pick_dtype
+from .device import has_compiler, pick_device, pick_dtype, refuse_cache_dtype
 from .figures import weight_bytes_per_token
 from .fused import join_projections, share_tied_table
 from .kv_cache import CacheShape, KVCache
@@ -56,6 +56,7 @@ from .source import ModelSource
 
 CUDA_WAIT_S = 60.0  # a reduction inside a captured step waits that long for a peer
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+CACHE_TYPES = DTYPES | {"int8": torch.int8}
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,7 @@ def build_runner(source: ModelSource, config: EngineConfig, mesh: DeviceMesh, de
 
     Raises ShardingError, MemoryLimitError, CheckpointError or ConfigError.
     """
+    refuse_cache_dtype(config, device)
     dtype = pick_dtype(config, device)
     if config.dtype is None:
         once(f"computing in {dtype}, which this {device} has; --dtype changes it", logging.INFO)
@@ -224,12 +226,17 @@ def _install_quantised(
         model.lm_head = linear
 
 
+def cache_shape(plan: Plan, rank: int, model: ModelConfig, config: EngineConfig, dtype: str) -> CacheShape:
+    """What this rank's cache holds; dtype: what it computes in."""
+    cache_dtype = CACHE_TYPES[dtype if config.cache_dtype == "auto" else config.cache_dtype]
+    return CacheShape(model.num_layers, local_kv_heads(plan, rank, model), model.head_dim, cache_dtype)
+
+
 def _cache(
     plan: Plan, rank: int, model: ModelConfig, config: EngineConfig, context: int, dtype: str, device: str
 ) -> KVCache:
     """The block pool: --cache-bytes, else max_batch rows of the context, less where memory is short."""
-    cache_dtype = DTYPES["bf16" if config.cache_dtype == "bf16" else dtype]
-    shape = CacheShape(model.num_layers, local_kv_heads(plan, rank, model), model.head_dim, cache_dtype)
+    shape = cache_shape(plan, rank, model, config, dtype)
     one_row = shape.blocks_for(context)
     budget = config.cache_bytes
     if budget is None:

@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 
 from ..config import EngineConfig
+from ..errors import ConfigError
 
 _BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 
@@ -47,3 +48,12 @@ def pick_dtype(config: EngineConfig, device: str) -> str:
     if config.dtype is not None:
         return config.dtype
     return "bf16" if device == "cuda" or cpu_flags() & _BF16_FLAGS else "fp32"
+
+
+def refuse_cache_dtype(config: EngineConfig, device: str) -> None:
+    """Raise ConfigError where no kernel of that device reads such a cache."""
+    if config.cache_dtype == "int8" and device == "cuda":
+        raise ConfigError(
+            "--cache-dtype int8 was asked for on a GPU, whose kernels read fp16 and bf16 caches alone; "
+            "leave it away, or use --device cpu"
+        )

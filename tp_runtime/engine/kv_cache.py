@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..kernels.attention import empty_cache
+from ..kernels.attention import Scales, empty_cache
+from .memory import cache_vector_bytes
 
 BLOCK_SIZE = 32
 
@@ -28,10 +29,14 @@ class CacheShape:
     block_size: int = BLOCK_SIZE
 
     @property
+    def vector_bytes(self) -> int:
+        """Bytes of one token's key, or value, of one head, its scale included."""
+        return cache_vector_bytes(self.head_dim, self.dtype.itemsize)
+
+    @property
     def block_bytes(self) -> int:
         """Bytes of one block: keys and values, on every layer."""
-        values = self.num_kv_heads * self.block_size * self.head_dim
-        return 2 * self.num_layers * values * self.dtype.itemsize
+        return 2 * self.num_layers * self.num_kv_heads * self.block_size * self.vector_bytes
 
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks that many tokens of one row take."""
@@ -39,7 +44,10 @@ class CacheShape:
 
 
 class KVCache:
-    """keys[layer] and values[layer]: [num_blocks, num_kv_heads, block_size, head_dim]."""
+    """keys[layer] and values[layer]: [num_blocks, num_kv_heads, block_size, head_dim].
+
+    scales[layer]: None, or of an int8 cache those of keys and values (kernels/attention.py).
+    """
 
     def __init__(self, shape: CacheShape, num_blocks: int, device: str) -> None:
         self.shape = shape
@@ -49,4 +57,11 @@ class KVCache:
         def make() -> list[Tensor]:
             return [empty_cache(size, shape.dtype, device) for _ in range(shape.num_layers)]
 
+        def make_scales() -> Scales | None:
+            if shape.dtype is not torch.int8:
+                return None
+            keys, values = (empty_cache(size[:3], torch.float32, device) for _ in range(2))
+            return keys, values
+
         self.keys, self.values = make(), make()
+        self.scales = [make_scales() for _ in range(shape.num_layers)]

@@ -18,7 +18,7 @@ from ..models.config import ModelConfig
 from ..sharding.plan import Plan
 from ..sharding.rules import DecoderShape, plan_decoder
 
-DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}
 # The interpreter, torch, compiled code, a prompt's activations, and room to read the next tensor.
 OVERHEAD_BYTES = 700 << 20
 MOST_DEFAULT_CONTEXT = 8192
@@ -154,6 +154,11 @@ def local_kv_heads(plan: Plan, rank: int, model: ModelConfig) -> int:
     return plan["model.layers.0.self_attn.k_proj.weight"].local_shape(rank)[0] // model.head_dim
 
 
+def cache_vector_bytes(head_dim: int, number_bytes: int) -> int:
+    """Bytes of one token's key, or value, of one head; numbers of one byte (int8) have an fp32 scale."""
+    return head_dim * number_bytes + (4 if number_bytes == 1 else 0)
+
+
 def memory_plan(
     model: ModelConfig,
     plan: Plan,
@@ -165,12 +170,13 @@ def memory_plan(
 ) -> MemoryPlan:
     """Every rank's bytes. limits: free bytes of each rank; None where unknown."""
     world, context = plan.world_size, context_limit(config, model)
-    cache_bytes = 2 if config.cache_dtype == "bf16" else DTYPE_BYTES[dtype]
+    cache_dtype = dtype if config.cache_dtype == "auto" else config.cache_dtype
+    vector_bytes = cache_vector_bytes(model.head_dim, DTYPE_BYTES[cache_dtype])
     ranks = []
     for rank in range(world):
         weights = sum(
             weight.weight_bytes(rank, DTYPE_BYTES[dtype], format_of(weight.name)) for weight in plan.weights
         )
-        cache_values = 2 * model.num_layers * local_kv_heads(plan, rank, model) * model.head_dim * context
-        ranks.append(RankMemory(rank, weights, cache_values * cache_bytes, limits[rank]))
+        vectors = 2 * model.num_layers * local_kv_heads(plan, rank, model) * context
+        ranks.append(RankMemory(rank, weights, vectors * vector_bytes, limits[rank]))
     return MemoryPlan(tuple(ranks), context, dtype, config.quant)

@@ -78,6 +78,7 @@ def _parts(layer: DecoderLayer, index: int, model: Llama, cache: KVCache) -> Lay
         down=cast(PreparedLinear, down),
         keys=cache.keys[index],
         values=cache.values[index],
+        scales=cache.scales[index],
         window=model.config.window(index),
     )
 

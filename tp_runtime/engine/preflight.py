@@ -12,7 +12,7 @@ from .. import env
 from ..checkpoint.inventory import check_tensors, stored_tensors
 from ..config import EngineConfig, SamplingParams
 from ..errors import ConfigError, RequestError
-from .device import pick_device, pick_dtype
+from .device import pick_device, pick_dtype, refuse_cache_dtype
 from .figures import weight_bytes_per_token
 from .host_memory import free_bytes_by_rank
 from .memory import (
@@ -47,6 +47,7 @@ def preflight_engine(engine: EngineConfig, nproc: int) -> tuple[ModelSource, int
     _refuse_cache_folder()
     source = _source(engine)
     device = pick_device(engine)
+    refuse_cache_dtype(engine, device)
     plan = sharding_plan(source.config, nproc)
     stored = None if source.weights_path is None else stored_tensors(source.weights_path)
     if stored is not None:

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..collectives import collective_errors
-from ..kernels.attention import cache_write, paged_attention
+from ..kernels.attention import Scales, cache_write, paged_attention
 from ..kernels.step import StepPlan
 from ..models.llama import Llama
 from ..sharding.layers import gather_last_dim
@@ -39,6 +39,7 @@ def _layer_step(
     sin_TD: Tensor,
     keys: Tensor,
     values: Tensor,
+    scales: Scales | None,
     step: tuple[Tensor, Tensor, Tensor, Tensor],
     scale: float,
     window: int,
@@ -48,10 +49,9 @@ def _layer_step(
     slots_T, block_table, query_start, context_lens = step
 
     def attend(_: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        cache_write(k, v, keys, values, slots_T, backend=backend)
-        return paged_attention(
-            q, keys, values, block_table, query_start, context_lens, scale, window, backend=backend
-        )
+        cache_write(k, v, keys, values, slots_T, scales=scales, backend=backend)
+        lines = (block_table, query_start, context_lens)
+        return paged_attention(q, keys, values, *lines, scale, window, scales=scales, backend=backend)
 
     return layer(x_TH, cos_TD, sin_TD, attend)
 
@@ -181,8 +181,9 @@ class ModelRunner:
         scale, backend = config.head_dim**-0.5, "reference" if self.reference else "auto"
         for index in range(len(decoder.layers)) if layers is None else layers:
             layer = decoder.layers[index]
-            keys, values, window = self.cache.keys[index], self.cache.values[index], config.window(index)
-            x_TH = self._layer(layer, x_TH, cos_TD, sin_TD, keys, values, step, scale, window, backend)
+            cache = (self.cache.keys[index], self.cache.values[index], self.cache.scales[index])
+            window = config.window(index)
+            x_TH = self._layer(layer, x_TH, cos_TD, sin_TD, *cache, step, scale, window, backend)
             if self.compiled and x_TH.shape[0] > 1:
                 torch._dynamo.mark_dynamic(x_TH, 0)
         return decoder.norm(x_TH)

@@ -36,11 +36,37 @@ def dequantize(
     return w_NK if offset is None else w_NK + offset.float()[:, group_of_K]
 
 
-def write_cache(k_THD: Tensor, v_THD: Tensor, k_cache: Tensor, v_cache: Tensor, slots_T: Tensor) -> None:
+def quantize_int8(x_THD: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 [T, H, D] and fp32 scales [T, H], whose product is x to within half a scale.
+
+    Each token and head has its own scale, a 127th of its largest magnitude; ties are rounded to even. Where a
+    number is not finite the scale is NaN.
+    """
+    x_THD = x_THD.float()
+    largest_TH = x_THD.abs().amax(dim=-1)
+    scale_TH = torch.where(largest_TH.isfinite(), largest_TH / 127, torch.nan)
+    some_TH = scale_TH > 0
+    divisor_TH = torch.where(some_TH, scale_TH, 1)
+    x_THD = torch.where(some_TH.unsqueeze(-1), x_THD, 0)
+    return (x_THD / divisor_TH.unsqueeze(-1)).clamp(-127, 127).round().to(torch.int8), scale_TH
+
+
+def write_cache(
+    k_THD: Tensor,
+    v_THD: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots_T: Tensor,
+    key_scales: Tensor | None,
+    value_scales: Tensor | None,
+) -> None:
     """Put token t's key and value at slot slots_T[t] (block * block_size + offset) of the caches."""
     block, place = slots_T // k_cache.shape[2], slots_T % k_cache.shape[2]
-    k_cache[block, :, place] = k_THD.to(k_cache.dtype)
-    v_cache[block, :, place] = v_THD.to(v_cache.dtype)
+    for x_THD, cache, scales in ((k_THD, k_cache, key_scales), (v_THD, v_cache, value_scales)):
+        if scales is None:
+            cache[block, :, place] = x_THD.to(cache.dtype)
+        else:
+            cache[block, :, place], scales[block, :, place] = quantize_int8(x_THD)
 
 
 def _attend_row(q_THD: Tensor, k_HSD: Tensor, v_HSD: Tensor, scale: float, window: int) -> Tensor:
@@ -77,6 +103,8 @@ def attend_paged(
     context_lens_R: Tensor,
     scale: float,
     window: int,
+    key_scales: Tensor | None,
+    value_scales: Tensor | None,
 ) -> Tensor:
     """Causal attention of each row's queries over its cached tokens; see attention.paged_attention."""
     out_THD = torch.zeros_like(q_THD, memory_format=torch.contiguous_format)
@@ -89,8 +117,11 @@ def attend_paged(
         blocks = block_table_RB[row, : -(-context // block_size)].long()
         # [blocks, heads, block_size, D] -> [heads, S, D]
         k_HSD, v_HSD = (
-            cache[blocks].transpose(0, 1).flatten(1, 2)[:, :context].to(q_THD.dtype)
-            for cache in (k_cache, v_cache)
+            (cache[blocks] if scales is None else cache[blocks] * scales[blocks].unsqueeze(-1))
+            .transpose(0, 1)
+            .flatten(1, 2)[:, :context]
+            .to(q_THD.dtype)
+            for cache, scales in ((k_cache, key_scales), (v_cache, value_scales))
         )
         out_THD[start:stop] = _attend_row(q_THD[start:stop], k_HSD, v_HSD, scale, window)
     return out_THD

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .attention import Scales
 from .linear import PreparedLinear
 
 
@@ -22,7 +23,7 @@ class LayerParts:
 
     Norm weights: fp32 [hidden_size], q_norm and k_norm [head_dim] or None. qkv: one linear that returns
     all three side by side, or three. gate_up: one gated linear, or gate and up. o_bias: added after the
-    ranks' sum. keys, values: the layer's cache. window: tokens a query sees (0: all).
+    ranks' sum. keys, values, scales: the layer's cache. window: tokens a query sees (0: all).
     """
 
     input_norm: Tensor
@@ -36,6 +37,7 @@ class LayerParts:
     down: PreparedLinear
     keys: Tensor
     values: Tensor
+    scales: Scales | None
     window: int
 
 
@@ -81,6 +83,7 @@ class StepPlan:
             self._add(parts.down, None),
             parts.keys,
             parts.values,
+            *(parts.scales or (None, None)),
             parts.window,
         )
 

@@ -66,7 +66,7 @@ def test_prefill_runs_the_head_once() -> None:
 
 
 def test_cache_bytes() -> None:
-    assert definitions.cache_bytes_per_token(TINY, 100, 2) == 2 * 2 * 2 * 16 * 2 * 100
+    assert definitions.cache_bytes_per_token(TINY, 100, 16 * 2) == 2 * 2 * 2 * 16 * 2 * 100
 
 
 @pytest.mark.parametrize(

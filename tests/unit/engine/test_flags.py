@@ -82,6 +82,13 @@ def test_refused(words: str) -> None:
     assert isinstance(caught.value, TPError) and "\n" not in str(caught.value)
 
 
+def test_an_int8_cache_on_a_gpu(tmp_path: Path) -> None:
+    words = ["--prompt", "x", "--model", "llama-1b", "--random-weights", "--device", "cuda"]
+    with pytest.raises(ConfigError, match="int8 was asked for on a GPU.*--device cpu") as caught:
+        generate.check([*words, "--cache-dtype", "int8"], 1)
+    assert "\n" not in str(caught.value)
+
+
 def test_an_empty_stop_string_is_refused() -> None:
     with pytest.raises(RequestError, match="stop string is empty"):
         settings("--stop", "")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from tp_runtime.config import EngineConfig
+from tp_runtime.config import CACHE_DTYPES, EngineConfig
+from tp_runtime.engine.build import cache_shape
 from tp_runtime.engine.figures import Timing, last_level_cache_bytes, weight_bytes_per_token
 from tp_runtime.engine.host_memory import free_bytes_by_rank
+from tp_runtime.engine.kv_cache import KVCache
 from tp_runtime.engine.memory import OVERHEAD_BYTES, context_limit, formats, memory_plan, sharding_plan
 from tp_runtime.errors import ConfigError, MemoryLimitError
 from tp_runtime.models import registry
@@ -86,6 +88,24 @@ def test_what_does_not_fit_is_refused_with_the_numbers() -> None:
     small = memory_plan(model, plan, config, dtype="bf16", format_of=formats(config), limits=[9 << 30] * 8)
     with pytest.raises(MemoryLimitError, match=r"on rank 0 .* and 9\.00 GiB are free there; use more ranks"):
         small.check("llama-70b")
+
+
+@pytest.mark.parametrize("cache_dtype", CACHE_DTYPES)
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_the_planned_cache_is_the_one_that_is_made(cache_dtype: str, world: int) -> None:
+    model = config_of("llama-1b")
+    config = EngineConfig(cache_dtype=cache_dtype, context=4096)
+    plan = sharding_plan(model, world)
+    sums = memory_plan(model, plan, config, dtype="fp32", format_of=formats(config), limits=[None] * world)
+    number_bytes = {"auto": 4, "bf16": 2, "int8": 1}[cache_dtype]
+    for rank in sums.ranks:
+        shape = cache_shape(plan, rank.rank, model, config, "fp32")
+        assert rank.cache_bytes == shape.block_bytes * shape.blocks_for(4096)
+        vector_bytes = model.head_dim * number_bytes + (4 if cache_dtype == "int8" else 0)
+        assert rank.cache_bytes == 2 * model.num_layers * shape.num_kv_heads * 4096 * vector_bytes
+        cache = KVCache(shape, 3, "cpu")
+        tensors = [*cache.keys, *cache.values, *(x for scales in cache.scales if scales for x in scales)]
+        assert sum(tensor.nbytes for tensor in tensors) == 3 * shape.block_bytes
 
 
 def test_free_memory_of_this_host() -> None:

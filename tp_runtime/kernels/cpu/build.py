@@ -22,6 +22,7 @@ _AMX = (*_AVX512, "-mamx-tile", "-mamx-int8", "-mamx-bf16")
 _SOURCES = (
     ("linear_ops.cpp", ()),
     ("attention_ops.cpp", ()),
+    ("attention_prompt.cpp", ()),
     ("step.cpp", ()),
     ("host_ops.cpp", ()),
     ("timing_ops.cpp", ()),

@@ -14,22 +14,28 @@ namespace tp {
 constexpr int kSplitTokens = 256;
 constexpr int kChunkTokens = 128;  // whose scores are held at a time; divides kSplitTokens
 
+// Keys and values are of `dtype`, or int8 where there are scales: one a token and head, by which its numbers
+// are multiplied. A key's goes into its score, a value's into its weight, so no number is multiplied by them.
 struct PagedCache {
   const void* keys = nullptr;
   const void* values = nullptr;
+  const float* key_scales = nullptr;  // [block][head][place]
+  const float* value_scales = nullptr;
   Dtype dtype = Dtype::kFloat32;
   int64_t heads = 0, block_size = 0, head_dim = 0;  // head_dim is a multiple of 16
 
-  // Elements before token `place` of `block` in head `head`.
-  int64_t at(int64_t block, int64_t head, int64_t place) const {
-    return ((block * heads + head) * block_size + place) * head_dim;
+  int64_t element_bytes() const { return key_scales != nullptr ? 1 : (dtype == Dtype::kFloat32 ? 4 : 2); }
+  // Vectors before token `place` of `block` in head `head`.
+  int64_t vector(int64_t block, int64_t head, int64_t place) const {
+    return (block * heads + head) * block_size + place;
   }
 };
 
 // One row's queries of one key-value head, over one split of its context.
 struct AttentionItem {
-  const float* queries = nullptr;   // scaled, [num_queries][group][head_dim], `query_stride` floats a query
-  int64_t query_stride = 0;
+  const float* queries = nullptr;  // of the group's first head; the others' lie `query_head_stride` floats on
+  int64_t query_stride = 0, query_head_stride = 0;
+  float scale = 1;                  // of the scores
   int num_queries = 0, group = 0;   // queries of the row; query heads that share the key-value head
   int64_t first_position = 0;       // of the first query
   int64_t window = 0;               // positions a query sees, 0: all
@@ -40,9 +46,20 @@ struct AttentionItem {
   int64_t out_query_stride = 0, out_head_stride = 0;
 };
 
+// One query head's sums over its splits, and where its output goes: [head_dim] of `dtype`.
+struct AttentionSums {
+  float* parts = nullptr;  // as AttentionItem::out, `stride` floats a split; overwritten
+  int64_t count = 0, stride = 0, head_dim = 0;
+  Dtype dtype = Dtype::kFloat32;
+  void* out = nullptr;
+};
+
 struct AttentionKernels {
   // next: what this thread will be given after `item`, whose first keys are fetched ahead; null if nothing.
   void (*run)(const PagedCache& cache, const AttentionItem& item, const AttentionItem* next);
+  void (*combine)(const AttentionSums& sums);
+  // `count` keys (or values) from vector `first` on, as numbers of type `to`.
+  void (*read)(const PagedCache& cache, bool values, int64_t first, int64_t count, Dtype to, void* out);
 };
 
 extern const AttentionKernels attention_avx512, attention_avx2;

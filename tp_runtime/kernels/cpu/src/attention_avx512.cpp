@@ -4,6 +4,6 @@
 
 namespace tp {
 
-const AttentionKernels attention_avx512 = {run_attention};
+const AttentionKernels attention_avx512 = {run_attention, combine, read_vectors};
 
 }  // namespace tp

@@ -8,23 +8,46 @@ namespace {
 constexpr int kTile = 4;  // query vectors, and tokens, multiplied at once
 constexpr float kMinusInfinity = -__builtin_inff();
 
-template <Dtype kDtype>
-struct Stored;
-template <>
-struct Stored<Dtype::kFloat32> {
+// How a number is stored. kScaled: it is to be multiplied by its token's scale.
+struct StoredFloat {
   using Type = float;
+  static constexpr bool kScaled = false;
   static Floats lanes(const float* p) { return load(p); }
 };
-template <>
-struct Stored<Dtype::kBfloat16> {
+struct StoredBfloat16 {
   using Type = uint16_t;
+  static constexpr bool kScaled = false;
   static Floats lanes(const uint16_t* p) { return load_bf16(p); }
 };
-template <>
-struct Stored<Dtype::kFloat16> {
+struct StoredHalf {
   using Type = uint16_t;
+  static constexpr bool kScaled = false;
   static Floats lanes(const uint16_t* p) { return load_half(reinterpret_cast<const uint8_t*>(p)); }
 };
+struct StoredInt8 {
+  using Type = int8_t;
+  static constexpr bool kScaled = true;
+  static Floats lanes(const int8_t* p) { return load_int8(p); }
+};
+
+// Calls `each` with the type that says how the cache's numbers are stored.
+template <typename Each>
+void with_stored(const PagedCache& cache, const Each& each) {
+  if (cache.key_scales != nullptr) return each(StoredInt8{});
+  switch (cache.dtype) {
+    case Dtype::kFloat32: return each(StoredFloat{});
+    case Dtype::kBfloat16: return each(StoredBfloat16{});
+    case Dtype::kFloat16: return each(StoredHalf{});
+  }
+}
+
+inline void store_as(Dtype dtype, void* out, int64_t at, Floats x) {
+  switch (dtype) {
+    case Dtype::kFloat32: return store(static_cast<float*>(out) + at, x);
+    case Dtype::kBfloat16: return store_bf16(static_cast<uint16_t*>(out) + at, x);
+    case Dtype::kFloat16: return store_half(static_cast<uint16_t*>(out) + at, x);
+  }
+}
 
 // The positions a query vector sees within [begin, end).
 struct Seen {
@@ -44,16 +67,50 @@ struct Chunk {
   int first, last;
 };
 
+// Calls each(i, count, vector) for the wanted tokens of one head, as far as they lie in a row.
+template <typename Each>
+void in_blocks(const PagedCache& cache, const AttentionItem& item, const Chunk& chunk, const Each& each) {
+  const int64_t position = chunk.start + chunk.first;
+  int64_t index = position / cache.block_size, place = position % cache.block_size;
+  for (int i = chunk.first; i < chunk.last; ++index, place = 0) {
+    const int64_t left = cache.block_size - place, wanted = chunk.last - i;
+    const int count = static_cast<int>(left < wanted ? left : wanted);
+    each(i, count, cache.vector(item.blocks[index], item.head, place));
+    i += count;
+  }
+}
+
 // Where the wanted tokens of one head lie.
 template <typename T>
 void find_rows(const PagedCache& cache, const AttentionItem& item, const void* base, const Chunk& chunk,
                const T** rows) {
-  const int64_t position = chunk.start + chunk.first;
-  int64_t index = position / cache.block_size, place = position % cache.block_size;
-  for (int i = chunk.first; i < chunk.last; ++index, place = 0) {
-    const T* row = static_cast<const T*>(base) + cache.at(item.blocks[index], item.head, place);
-    for (; i < chunk.last && place < cache.block_size; ++i, ++place, row += cache.head_dim) rows[i] = row;
-  }
+  in_blocks(cache, item, chunk, [&](int i, int count, int64_t vector) {
+    const T* row = static_cast<const T*>(base) + vector * cache.head_dim;
+    for (int j = 0; j < count; ++j, row += cache.head_dim) rows[i + j] = row;
+  });
+}
+
+// The wanted tokens' scales times `factor`; zero beside them.
+inline void find_scales(const PagedCache& cache, const AttentionItem& item, const float* base, const Chunk& chunk,
+                        float factor, float* scales) {
+  for (int i = 0; i < kChunkTokens; ++i) scales[i] = 0.0f;
+  in_blocks(cache, item, chunk, [&](int i, int count, int64_t vector) {
+    for (int j = 0; j < count; ++j) scales[i + j] = base[vector + j] * factor;
+  });
+}
+
+inline void fetch_scales(const PagedCache& cache, const AttentionItem& item, const Chunk& chunk) {
+  in_blocks(cache, item, chunk, [&](int, int count, int64_t vector) {
+    for (int j = 0; j < count; j += 16) {
+      _mm_prefetch(reinterpret_cast<const char*>(cache.key_scales + vector + j), _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(cache.value_scales + vector + j), _MM_HINT_T0);
+    }
+  });
+}
+
+// x[i] *= factors[i] for the 16 lanes around each of [first, last).
+inline void multiply(float* x, const float* factors, const Chunk& chunk) {
+  for (int i = chunk.first / 16 * 16; i < chunk.last; i += 16) store(x + i, mul(load(x + i), load(factors + i)));
 }
 
 // Blocks lie anywhere in memory, where no hardware prefetcher follows: while keys are scored the values of
@@ -67,12 +124,12 @@ inline void fetch_row(const T* row, int64_t head_dim) {
 }
 
 // scores[v][i] = queries[v] . rows[i] for the chunk's wanted tokens (and, beside them, some to overwrite).
-template <Dtype kDtype, int kVectors>
-void score(const float* const* queries, const typename Stored<kDtype>::Type* const* rows,
-           const typename Stored<kDtype>::Type* const* fetched, const Chunk& chunk, int64_t head_dim,
+template <typename Storage, int kVectors>
+void score(const float* const* queries, const typename Storage::Type* const* rows,
+           const typename Storage::Type* const* fetched, const Chunk& chunk, int64_t head_dim,
            float (*scores)[kChunkTokens]) {
   for (int i = chunk.first / kTile * kTile; i < chunk.last; i += kTile) {
-    const typename Stored<kDtype>::Type* tokens[kTile];
+    const typename Storage::Type* tokens[kTile];
 #pragma GCC unroll 4
     for (int t = 0; t < kTile; ++t) {
       const int wanted = i + t < chunk.first ? chunk.first : (i + t < chunk.last ? i + t : chunk.last - 1);
@@ -88,7 +145,7 @@ void score(const float* const* queries, const typename Stored<kDtype>::Type* con
     for (int64_t d = 0; d < head_dim; d += 16) {
       Floats key[kTile];
 #pragma GCC unroll 4
-      for (int t = 0; t < kTile; ++t) key[t] = Stored<kDtype>::lanes(tokens[t] + d);
+      for (int t = 0; t < kTile; ++t) key[t] = Storage::lanes(tokens[t] + d);
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
         const Floats query = load(queries[v] + d);
@@ -104,10 +161,10 @@ void score(const float* const* queries, const typename Stored<kDtype>::Type* con
 }
 
 // sums[v] = sums[v] * keep[v] + weights[v] . rows, [head_dim] each.
-template <Dtype kDtype, int kVectors>
+template <typename Storage, int kVectors>
 void add_values(const float (*weights)[kChunkTokens], const float* keep,
-                const typename Stored<kDtype>::Type* const* rows, const Chunk& chunk,
-                const typename Stored<kDtype>::Type* const* fetched, int num_fetched, int64_t head_dim,
+                const typename Storage::Type* const* rows, const Chunk& chunk,
+                const typename Storage::Type* const* fetched, int num_fetched, int64_t head_dim,
                 float* const* sums) {
   int fetch = 0;
   const auto columns = [&]<int kLanes>(int64_t d) {
@@ -121,7 +178,7 @@ void add_values(const float (*weights)[kChunkTokens], const float* keep,
       if (fetch < num_fetched) fetch_row(fetched[fetch++], head_dim);
 #pragma GCC unroll 4
       for (int j = 0; j < kLanes; ++j) {
-        const Floats value = Stored<kDtype>::lanes(rows[i] + d + 16 * j);
+        const Floats value = Storage::lanes(rows[i] + d + 16 * j);
 #pragma GCC unroll 4
         for (int v = 0; v < kVectors; ++v) acc[v][j] = fma(spread(weights[v][i]), value, acc[v][j]);
       }
@@ -166,9 +223,9 @@ inline Chunk chunk_at(int64_t start, int64_t begin, int64_t end) {
   return {start, within(begin), within(end)};
 }
 
-template <Dtype kDtype, int kVectors>
+template <typename Storage, int kVectors>
 void attend(const PagedCache& cache, const AttentionItem& item, const AttentionItem* next, int first_vector) {
-  using Type = typename Stored<kDtype>::Type;
+  using Type = typename Storage::Type;
   const int64_t head_dim = cache.head_dim;
   const float* queries[kVectors];
   float* sums[kVectors];
@@ -177,7 +234,7 @@ void attend(const PagedCache& cache, const AttentionItem& item, const AttentionI
   int64_t begin = item.end, end = item.begin;
   for (int v = 0; v < kVectors; ++v) {
     const int vector = first_vector + v, query = vector / item.group, head = vector % item.group;
-    queries[v] = item.queries + query * item.query_stride + head * head_dim;
+    queries[v] = item.queries + query * item.query_stride + head * item.query_head_stride;
     sums[v] = item.out + query * item.out_query_stride + head * item.out_head_stride;
     seen[v] = seen_by(item, vector);
     begin = seen[v].begin < begin ? seen[v].begin : begin;
@@ -186,17 +243,25 @@ void attend(const PagedCache& cache, const AttentionItem& item, const AttentionI
     for (int64_t d = 0; d < head_dim; ++d) sums[v][d] = 0.0f;
   }
   alignas(64) float scores[kVectors][kChunkTokens];
+  alignas(64) float key_scales[kChunkTokens], value_scales[kChunkTokens];
+  for (float& scale : key_scales) scale = item.scale;
   const Type *keys[kChunkTokens], *values[kChunkTokens], *fetched[kChunkTokens];
   for (int64_t start = begin / kChunkTokens * kChunkTokens; start < end; start += kChunkTokens) {
     const Chunk chunk = chunk_at(start, begin, end);
     find_rows(cache, item, cache.keys, chunk, keys);
     find_rows(cache, item, cache.values, chunk, values);
-    score<kDtype, kVectors>(queries, keys, values, chunk, head_dim, scores);
+    if constexpr (Storage::kScaled) {
+      find_scales(cache, item, cache.key_scales, chunk, item.scale, key_scales);
+      find_scales(cache, item, cache.value_scales, chunk, 1.0f, value_scales);
+    }
+    score<Storage, kVectors>(queries, keys, values, chunk, head_dim, scores);
     for (int v = 0; v < kVectors; ++v) {
       const Chunk mine = chunk_at(start, seen[v].begin, seen[v].end);
       keep[v] = 1.0f;
       if (mine.first < mine.last) {
+        multiply(scores[v], key_scales, mine);
         keep[v] = soften(scores[v], mine.first, mine.last, top[v], weight[v]);
+        if constexpr (Storage::kScaled) multiply(scores[v], value_scales, mine);
       } else {
         for (float& unseen : scores[v]) unseen = 0.0f;
       }
@@ -207,8 +272,9 @@ void attend(const PagedCache& cache, const AttentionItem& item, const AttentionI
     if (then != nullptr) {
       ahead = more ? chunk_at(start + kChunkTokens, begin, end) : chunk_at(then->begin, then->begin, then->end);
       find_rows(cache, *then, cache.keys, ahead, fetched);
+      if constexpr (Storage::kScaled) fetch_scales(cache, *then, ahead);
     }
-    add_values<kDtype, kVectors>(scores, keep, values, chunk, fetched + ahead.first, ahead.last - ahead.first,
+    add_values<Storage, kVectors>(scores, keep, values, chunk, fetched + ahead.first, ahead.last - ahead.first,
                                  head_dim, sums);
   }
   for (int v = 0; v < kVectors; ++v) {
@@ -217,26 +283,59 @@ void attend(const PagedCache& cache, const AttentionItem& item, const AttentionI
   }
 }
 
-template <Dtype kDtype>
+template <typename Storage>
 void attend_all(const PagedCache& cache, const AttentionItem& item, const AttentionItem* next) {
   const int vectors = item.num_queries * item.group;
   for (int v = 0; v < vectors; v += kTile) {
     const AttentionItem* after = v + kTile < vectors ? nullptr : next;
     switch (vectors - v) {
-      case 1: attend<kDtype, 1>(cache, item, after, v); break;
-      case 2: attend<kDtype, 2>(cache, item, after, v); break;
-      case 3: attend<kDtype, 3>(cache, item, after, v); break;
-      default: attend<kDtype, 4>(cache, item, after, v);
+      case 1: attend<Storage, 1>(cache, item, after, v); break;
+      case 2: attend<Storage, 2>(cache, item, after, v); break;
+      case 3: attend<Storage, 3>(cache, item, after, v); break;
+      default: attend<Storage, 4>(cache, item, after, v);
     }
   }
 }
 
 void run_attention(const PagedCache& cache, const AttentionItem& item, const AttentionItem* next) {
-  switch (cache.dtype) {
-    case Dtype::kFloat32: return attend_all<Dtype::kFloat32>(cache, item, next);
-    case Dtype::kBfloat16: return attend_all<Dtype::kBfloat16>(cache, item, next);
-    case Dtype::kFloat16: return attend_all<Dtype::kFloat16>(cache, item, next);
+  with_stored(cache, [&]<typename Storage>(Storage) { attend_all<Storage>(cache, item, next); });
+}
+
+void combine(const AttentionSums& sums) {
+  const int64_t top_at = sums.head_dim, weight_at = sums.head_dim + 1;
+  float top = sums.parts[top_at], weight = 0;
+  for (int64_t i = 1; i < sums.count; ++i) {
+    const float other = sums.parts[i * sums.stride + top_at];
+    top = other > top ? other : top;
   }
+  for (int64_t i = 0; i < sums.count; ++i) {
+    float* part = sums.parts + i * sums.stride;
+    const bool unseen = part[weight_at] == 0.0f;
+    part[top_at] = unseen ? 0.0f : __builtin_expf(part[top_at] - top);  // from here on the split's factor
+    weight += part[top_at] * part[weight_at];
+  }
+  for (int64_t d = 0; d < sums.head_dim; d += 16) {
+    Floats sum = zeros();
+    for (int64_t i = 0; i < sums.count; ++i) {
+      const float* part = sums.parts + i * sums.stride;
+      sum = fma(spread(part[top_at]), load(part + d), sum);
+    }
+    store_as(sums.dtype, sums.out, d, div(sum, spread(weight)));
+  }
+}
+
+void read_vectors(const PagedCache& cache, bool values, int64_t first, int64_t count, Dtype to, void* out) {
+  const void* base = values ? cache.values : cache.keys;
+  with_stored(cache, [&]<typename Storage>(Storage) {
+    const auto* from = static_cast<const typename Storage::Type*>(base) + first * cache.head_dim;
+    for (int64_t i = 0; i < count; ++i) {
+      const float scale = Storage::kScaled ? (values ? cache.value_scales : cache.key_scales)[first + i] : 1.0f;
+      for (int64_t d = i * cache.head_dim; d < (i + 1) * cache.head_dim; d += 16) {
+        const Floats x = Storage::lanes(from + d);
+        store_as(to, out, d, Storage::kScaled ? mul(x, spread(scale)) : x);
+      }
+    }
+  });
 }
 
 }  // namespace

@@ -16,6 +16,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "cache_write.h"
 #include "ops.h"
 #include "torch_dtype.h"
 
@@ -42,6 +43,7 @@ struct Layer {
   int64_t o, down;
   OptionalTensor o_bias;  // added once, after the ranks' sum
   Tensor keys, values;
+  OptionalTensor key_scales, value_scales;  // of an int8 cache
   int64_t window;
 };
 
@@ -167,12 +169,9 @@ void prepare_heads(const Plan& plan, const Heads& heads, int64_t t, const Option
   }
 }
 
-void write_heads(Tensor& cache, const Heads& heads, int64_t t, int64_t slot) {
-  const int64_t num_heads = cache.size(1), block_size = cache.size(2), dim = cache.size(3);
-  for (int64_t h = 0; h < num_heads; ++h) {
-    const int64_t at = ((slot / block_size * num_heads + h) * block_size + slot % block_size) * dim;
-    write_floats(cache, at, dim, heads.data + t * heads.stride + h * dim);
-  }
+void write_heads(const Tensor& cache, const OptionalTensor& scales, const Heads& heads, int64_t t, int64_t slot) {
+  const float* token = heads.data + t * heads.stride;
+  for (int64_t h = 0; h < heads.count; ++h) write_cached(cache, scales, h, slot, token + h * cache.size(3));
 }
 
 Tensor attend(const Plan& plan, Layer& layer, const Tensor& x, const Tokens& tokens) {
@@ -186,19 +185,19 @@ Tensor attend(const Plan& plan, Layer& layer, const Tensor& x, const Tokens& tok
   };
   const Heads q = heads(0, 0, plan.q_size), k = heads(1, plan.q_size, plan.kv_size),
               v = heads(2, plan.q_size + plan.kv_size, plan.kv_size);
+  TORCH_CHECK(layer.keys.size(1) == kv_heads, "the cache holds ", layer.keys.size(1), " heads, not ", kv_heads);
   const int64_t* slots = tokens.slots.const_data_ptr<int64_t>();
   const int64_t limit = layer.keys.size(0) * layer.keys.size(2);
   for_tokens(count, [&](int64_t t) {
     TORCH_CHECK(slots[t] >= 0 && slots[t] < limit, "slot ", slots[t], " lies outside the cache");
     prepare_heads(plan, q, t, layer.q_norm, tokens);
     prepare_heads(plan, k, t, layer.k_norm, tokens);
-    write_heads(layer.keys, k, t, slots[t]);
-    write_heads(layer.values, v, t, slots[t]);
+    write_heads(layer.keys, layer.key_scales, k, t, slots[t]);
+    write_heads(layer.values, layer.value_scales, v, t, slots[t]);
   });
-  TORCH_CHECK(layer.keys.size(1) == kv_heads, "the cache holds ", layer.keys.size(1), " heads, not ", kv_heads);
   const Tensor queries = made[0].narrow(1, 0, plan.q_size).view({count, -1, dim});
   return paged_attention(queries, layer.keys, layer.values, tokens.block_table, tokens.query_start,
-                         tokens.context_lens, plan.scale, layer.window)
+                         tokens.context_lens, plan.scale, layer.window, layer.key_scales, layer.value_scales)
       .view({count, plan.q_size});
 }
 
@@ -275,17 +274,21 @@ int64_t step_add_weight(int64_t handle, const Tensor& packed, const OptionalTens
 
 void step_add_layer(int64_t handle, const Tensor& input_norm, const Tensor& post_norm, const OptionalTensor& q_norm,
                     const OptionalTensor& k_norm, at::IntArrayRef qkv, int64_t o, const OptionalTensor& o_bias,
-                    at::IntArrayRef gate_up, int64_t down, const Tensor& keys, const Tensor& values, int64_t window) {
+                    at::IntArrayRef gate_up, int64_t down, const Tensor& keys, const Tensor& values,
+                    const OptionalTensor& key_scales, const OptionalTensor& value_scales, int64_t window) {
   auto plan = plan_at(handle);
   TORCH_CHECK((qkv.size() == 1 || qkv.size() == 3) && (gate_up.size() == 1 || gate_up.size() == 2),
               "q, k and v are one weight or three, gate and up one or two");
   check_floats(input_norm, input_norm.numel());
   check_floats(post_norm, input_norm.numel());
   check_floats(o_bias, input_norm.numel());
+  check_scales(keys, key_scales);
+  check_scales(values, value_scales);
   check_floats(q_norm, plan->head_dim);
   check_floats(k_norm, plan->head_dim);
   plan->layers.push_back(
-      Layer{input_norm, post_norm, q_norm, k_norm, qkv.vec(), gate_up.vec(), o, down, o_bias, keys, values, window});
+      Layer{input_norm, post_norm, q_norm, k_norm, qkv.vec(), gate_up.vec(), o, down, o_bias, keys, values,
+            key_scales, value_scales, window});
 }
 
 }  // namespace
@@ -300,7 +303,8 @@ TORCH_LIBRARY_FRAGMENT(tp_cpu, m) {
       "int group_size, int head, bool asymmetric, bool gated, bool round_activations) -> int");
   m.def(
       "step_add_layer(int plan, Tensor input_norm, Tensor post_norm, Tensor? q_norm, Tensor? k_norm, int[] qkv, "
-      "int o, Tensor? o_bias, int[] gate_up, int down, Tensor keys, Tensor values, int window) -> ()");
+      "int o, Tensor? o_bias, int[] gate_up, int down, Tensor keys, Tensor values, Tensor? key_scales, "
+      "Tensor? value_scales, int window) -> ()");
   m.def(
       "step_run(int plan, Tensor(a!) x, Tensor cos, Tensor sin, Tensor slots, Tensor block_table, "
       "Tensor query_start, Tensor context_lens) -> Tensor");

@@ -9,14 +9,15 @@
 namespace tp {
 namespace {
 
-inline Dtype dtype_of(const at::Tensor& x) {
-  switch (x.scalar_type()) {
+inline Dtype dtype_of(at::ScalarType type) {
+  switch (type) {
     case at::kFloat: return Dtype::kFloat32;
     case at::kBFloat16: return Dtype::kBfloat16;
     case at::kHalf: return Dtype::kFloat16;
-    default: TORCH_CHECK(false, "fp32, bf16 or fp16 is needed, not ", x.scalar_type());
+    default: TORCH_CHECK(false, "fp32, bf16 or fp16 is needed, not ", type);
   }
 }
+inline Dtype dtype_of(const at::Tensor& x) { return dtype_of(x.scalar_type()); }
 
 // out[i] = x[from + i] * factor, in elements of x's storage.
 inline void read_floats(const at::Tensor& x, int64_t from, int64_t count, float factor, float* out) {

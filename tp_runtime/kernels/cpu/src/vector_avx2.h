@@ -42,6 +42,10 @@ inline __m256 widen_bf16(const uint16_t* p) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
 }
 inline Floats load_bf16(const uint16_t* p) { return {widen_bf16(p), widen_bf16(p + 8)}; }
+inline __m256 widen_int8(const int8_t* p) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
+inline Floats load_int8(const int8_t* p) { return {widen_int8(p), widen_int8(p + 8)}; }
 inline void load_pairs(const uint16_t* p, Floats& even, Floats& odd) {
   const __m256i mask = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
   const __m256i a = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));

@@ -30,6 +30,9 @@ inline Floats load_bf16(const uint16_t* p) {
   const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
+inline Floats load_int8(const int8_t* p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
 // [row 0..15][2] bf16 -> the first and the second of each row.
 inline void load_pairs(const uint16_t* p, Floats& even, Floats& odd) {
   const __m512i both = _mm512_loadu_si512(p);
