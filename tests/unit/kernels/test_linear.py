@@ -139,6 +139,44 @@ def test_rows_and_threads_change_no_bit(case: Case) -> None:
             torch.set_num_threads(threads)
 
 
+MANY_CASES = [
+    Case(8, 0, 0, 100, 577),
+    Case(8, 32, 5, 72, 257),
+    Case(4, 32, 31, 200, 321),
+    Case(4, 64, 13, 33, 129, asymmetric=True),
+    Case(4, 128, 100, 130, 577, asymmetric=True),
+]
+
+
+@pytest.mark.parametrize("rows", [33, 64, 512])
+@pytest.mark.parametrize("case", MANY_CASES, ids=str)
+def test_many_rows_like_the_twin(case: Case, rows: int) -> None:
+    """Outputs that fill no tile, and shards that begin inside a group."""
+    fast, slow = case.weights("auto"), case.weights("reference")
+    x = torch.randn(rows, case.k, generator=torch.Generator().manual_seed(rows))
+    expected = weight_only_linear(x, slow)
+    for dtype, tolerance in MANY_ROWS_TOLERANCE.items():
+        y, rounded = weight_only_linear(x.to(dtype), fast), weight_only_linear(x.to(dtype), slow)
+        _compare(f"{case} {dtype} {rows} rows", y, rounded, tolerance)
+    y = weight_only_linear(x, replace(fast, round_activations=True))
+    _compare(f"{case} {rows} rounded rows", y, expected, 2**-7)
+
+
+@pytest.mark.parametrize("rows", [33, 64, 512])
+@pytest.mark.parametrize("shape", [(100, 577), (33, 64)])
+def test_many_rows_of_plain_weights(shape: tuple[int, int], rows: int) -> None:
+    w = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+    x = torch.randn(rows, shape[1], generator=torch.Generator().manual_seed(rows))
+    expected = torch.nn.functional.linear(x, w.float())
+    prepared = prepare_plain(w)
+    _compare(f"{shape} {rows} rows", weight_only_linear(x, prepared), expected, 2e-6)
+    for y in (
+        weight_only_linear(x.bfloat16(), prepared).float(),
+        weight_only_linear(x, replace(prepared, round_activations=True)),
+    ):
+        _compare(f"{shape} {rows} rounded rows", y, expected, 2 * 2**-7)
+
+
 def test_gate_and_up_in_one() -> None:
     case = Case(4, 32, 0, 96, 128)
     fast = case.weights("auto")
