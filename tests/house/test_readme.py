@@ -18,6 +18,7 @@ COMMANDS = [
     for line in block.splitlines()
     if line != "make test"
 ]
+PROGRAMS = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
 def run(command: list[str], repository: Path) -> str:
@@ -47,8 +48,8 @@ def test_command(command: str, repository: Path) -> None:
         assert "Paris" in output, output
 
 
-def test_python(repository: Path, tmp_path: Path) -> None:
-    (block,) = re.findall(r"```python\n(.*?)```", README, re.S)
+@pytest.mark.parametrize("block", PROGRAMS, ids=["llm", "shard"])
+def test_python(block: str, repository: Path, tmp_path: Path) -> None:
     path = tmp_path / "script.py"
     path.write_text(block)
     assert run([sys.executable, str(path)], repository).strip()
