@@ -153,3 +153,31 @@ def test_nothing_is_compiled_after_warm_up(tmp_path: Path) -> None:
     save_model("llama", tmp_path)
     for counts in run_ranks(2, graphs_body, str(tmp_path), timeout=300):
         assert counts == [2, 2, 2, 2]
+
+
+def blocks_body(path: str, free: tuple[int, int]) -> int | str:
+    """Blocks of this rank's pool, ranks finding different amounts of free memory; or the refusal."""
+    import torch.distributed as dist
+
+    from tp_runtime.engine import build
+    from tp_runtime.engine.llm import LLM
+    from tp_runtime.errors import MemoryLimitError
+
+    build.host_free_bytes = lambda: 2 * free[dist.get_rank()]
+    try:
+        with LLM(path, dtype="fp32", compile=False, max_batch=100) as llm:
+            assert llm.pool.num_blocks == llm.runner.cache.num_blocks
+            return llm.pool.num_blocks
+    except MemoryLimitError as error:
+        return str(error)
+
+
+def test_ranks_agree_on_the_cache(tmp_path: Path) -> None:
+    """Rank 0 numbers the blocks of all: as many as the rank with the least memory can hold, or none at all."""
+    from tp_runtime.engine.memory import OVERHEAD_BYTES
+
+    save_model("llama", tmp_path)
+    few = run_ranks(2, blocks_body, str(tmp_path), (OVERHEAD_BYTES + (1 << 30), OVERHEAD_BYTES + (4 << 20)))
+    assert few[0] == few[1]
+    refusals = run_ranks(2, blocks_body, str(tmp_path), (OVERHEAD_BYTES + (1 << 30), OVERHEAD_BYTES))
+    assert refusals[0] == refusals[1] and "are free there" in str(refusals[0])

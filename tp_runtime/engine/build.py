@@ -12,18 +12,19 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from .. import env
 from .. import mesh as meshes
 from ..checkpoint import RandomCheckpoint, open_checkpoint
 from ..checkpoint.base import Checkpoint
 from ..checkpoint.inventory import stored_tensors
 from ..checkpoint.load import WeightRequest, load_weights
+from ..collectives import all_gather, all_reduce
 from ..config import EngineConfig
-from ..errors import ConfigError, MemoryLimitError
+from ..errors import ConfigError
 from ..kernels.linear import PreparedLinear, prepare_plain
 from ..layout import WeightFormat
 from ..log import once
@@ -38,6 +39,7 @@ from .cuda_fuse import fuse_projections
 from .device import has_compiler, pick_device, pick_dtype, refuse_cache_dtype
 from .figures import weight_bytes_per_token
 from .fused import join_projections, share_tied_table
+from .host_memory import host_free_bytes
 from .kv_cache import CacheShape, KVCache
 from .memory import (
     DTYPE_BYTES,
@@ -48,6 +50,7 @@ from .memory import (
     local_kv_heads,
     memory_plan,
     sharding_plan,
+    small_cache,
 )
 from .native_step import native_step
 from .residual import keep_residual_in_fp32
@@ -102,7 +105,9 @@ def build_runner(source: ModelSource, config: EngineConfig, mesh: DeviceMesh, de
     context = context_limit(config, source.config)
     stored = None if source.weights_path is None else stored_tensors(source.weights_path)
     format_of = formats(config, stored)
-    limits = [_free_bytes(device, world)] * world
+    group = meshes.tp_group(mesh)
+    # Every rank judges every rank's memory, so that a load that cannot fit ends in all of them.
+    limits = all_gather(torch.tensor([_free_bytes(device, world)]), group).flatten().tolist()
     memory_plan(source.config, plan, config, dtype=dtype, format_of=format_of, limits=limits).check(
         source.name
     )
@@ -115,9 +120,7 @@ def build_runner(source: ModelSource, config: EngineConfig, mesh: DeviceMesh, de
         share_tied_table(model, DTYPES[dtype])
     if not reference and device == "cuda":
         fuse_projections(model)
-    rank = meshes.tp_rank(mesh)
-    cache = _cache(plan, rank, source.config, config, context, dtype, device)
-    group = meshes.tp_group(mesh)
+    cache = _cache(plan, mesh, source.config, config, context, dtype, device)
     wanted = compile and config.native_step and not reference and device == "cpu"
     native = native_step(model, cache, group) if wanted else None
     head = plan["model.embed_tokens.weight" if source.config.tie_word_embeddings else "lm_head.weight"]
@@ -127,13 +130,14 @@ def build_runner(source: ModelSource, config: EngineConfig, mesh: DeviceMesh, de
         from .cuda_runner import CudaRunner
 
         kind, settings = CudaRunner, {"timeout_s": config.collective_timeout_s or CUDA_WAIT_S}
+    max_rows = min(config.max_batch, cache.num_blocks - 1)  # a row has a block at least
     runner = kind(
         model,
         cache,
         group,
         head.parts,
-        max_rows=config.max_batch,
-        max_tokens=max(config.prefill_chunk, config.max_batch),
+        max_rows=max_rows,
+        max_tokens=max(config.prefill_chunk, max_rows),
         max_blocks=cache.shape.blocks_for(context),
         compile=compile and native is None,
         reference=reference,
@@ -233,26 +237,35 @@ def cache_shape(plan: Plan, rank: int, model: ModelConfig, config: EngineConfig,
 
 
 def _cache(
-    plan: Plan, rank: int, model: ModelConfig, config: EngineConfig, context: int, dtype: str, device: str
+    plan: Plan,
+    mesh: DeviceMesh,
+    model: ModelConfig,
+    config: EngineConfig,
+    context: int,
+    dtype: str,
+    device: str,
 ) -> KVCache:
-    """The block pool: --cache-bytes, else max_batch rows of the context, less where memory is short."""
-    shape = cache_shape(plan, rank, model, config, dtype)
+    """The block pool: --cache-bytes, else max_batch rows of the context, less where memory is short.
+
+    All ranks hold as many blocks as the one that can hold fewest: rank 0 numbers them for all.
+    """
+    shape = cache_shape(plan, meshes.tp_rank(mesh), model, config, dtype)
     one_row = shape.blocks_for(context)
+    row_bytes = one_row * shape.block_bytes
     budget = config.cache_bytes
     if budget is None:
-        budget = min(
-            _free_bytes(device, plan.world_size) // 2, config.max_batch * one_row * shape.block_bytes
-        )
-    num_blocks = budget // shape.block_bytes
+        free = _free_bytes(device, plan.world_size)
+        budget = min(max(free // 2, row_bytes), free, config.max_batch * row_bytes)
+    blocks = torch.tensor([budget // shape.block_bytes])
+    num_blocks = int(all_reduce(blocks, meshes.tp_group(mesh), "min"))
     if num_blocks < one_row:
-        raise MemoryLimitError(
-            f"the KV cache of one row of {context} tokens takes {one_row * shape.block_bytes} bytes a rank; "
-            f"{budget} are allowed; use a smaller --context, a larger --cache-bytes, or more ranks"
-        )
+        raise small_cache(context, row_bytes, num_blocks * shape.block_bytes)
     return KVCache(shape, num_blocks + 1, device)
 
 
 def _free_bytes(device: str, world: int) -> int:
+    """Memory this rank may still take: of its GPU, or its share of the host's among the ranks there."""
     if device == "cuda":
         return torch.cuda.mem_get_info()[0] - OVERHEAD_BYTES
-    return psutil.virtual_memory().available // world
+    ranks_here = env.get_int("LOCAL_WORLD_SIZE") if env.is_set("LOCAL_WORLD_SIZE") else None
+    return host_free_bytes() // min(ranks_here or world, world)

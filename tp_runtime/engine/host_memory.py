@@ -9,7 +9,9 @@ from pathlib import Path
 import psutil
 
 from ..errors import LaunchError
+from ..launch import cgroups
 from ..launch.placement import plan_ranks
+from ..launch.sysfs import SysRoot
 from ..launch.topology import read_topology
 
 _NVIDIA_SMI = ["nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
@@ -23,20 +25,41 @@ def free_bytes_by_rank(nproc: int, device: str) -> list[int | None]:
     if device == "cuda":
         return _free_of_gpus(nproc)
     topology = read_topology()
-    shared = psutil.virtual_memory().available
-    if topology.memory_limit_bytes is not None:
-        shared = min(shared, topology.memory_limit_bytes)
+    shared = host_free_bytes()
     try:
         nodes_of = [rank.mem_nodes for rank in plan_ranks(topology, nproc).ranks]
     except LaunchError:
         nodes_of = [()] * nproc  # this host cannot place them; the plan is for another one
     ranks_on = Counter(node for nodes in nodes_of for node in nodes)
     free = {node: _free_of_node(node) for node in ranks_on}
-    found: list[int | None] = []
-    for nodes in nodes_of:
-        own = sum(free[node] // ranks_on[node] for node in nodes)
-        found.append(min(own, shared // nproc) if len(ranks_on) == 1 and nodes else own or shared // nproc)
-    return found
+    found = [
+        sum(free[node] // ranks_on[node] for node in nodes) if nodes else shared // nproc
+        for nodes in nodes_of
+    ]
+    total = sum(found)
+    return [own * shared // total if total > shared else own for own in found]
+
+
+def host_free_bytes(sysroot: str = "/") -> int:
+    """Bytes that processes of this host, or of this container, may still take together."""
+    root = SysRoot(sysroot)
+    free = [
+        left for folder in cgroups.group_folders(root) if (left := _left_in_group(root, folder)) is not None
+    ]
+    return min([psutil.virtual_memory().available, *free])
+
+
+def _left_in_group(root: SysRoot, folder: str) -> int | None:
+    """What a control group's limit leaves: page cache counts as free. None where there is no limit."""
+    for names in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
+        limit, used = (root.read_int(f"{folder}/{name}") for name in names)
+        if limit is not None and used is not None:
+            words = [line.split() for line in (root.read(f"{folder}/memory.stat") or "").splitlines()]
+            kept = {line[0]: int(line[1]) for line in words if len(line) == 2}
+            prefix = "total_" if "total_inactive_file" in kept else ""
+            cached = sum(kept.get(f"{prefix}{kind}_file", 0) for kind in ("active", "inactive"))
+            return max(0, limit - max(0, used - cached))
+    return None
 
 
 def _free_of_node(node: int) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 SCRATCH_BLOCK = 0
+BLOCK_SIZE = 32  # tokens
 
 
 class BlockPool:

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from ..kernels.attention import Scales, empty_cache
+from .kv_blocks import BLOCK_SIZE
 from .memory import cache_vector_bytes
-
-BLOCK_SIZE = 32
 
 
 @dataclass(frozen=True)

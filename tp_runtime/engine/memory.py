@@ -17,6 +17,7 @@ from ..layout import WeightFormat, weight_format
 from ..models.config import ModelConfig
 from ..sharding.plan import Plan
 from ..sharding.rules import DecoderShape, plan_decoder
+from .kv_blocks import BLOCK_SIZE
 
 DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}
 # The interpreter, torch, compiled code, a prompt's activations, and room to read the next tensor.
@@ -44,8 +45,11 @@ def sharding_plan(config: ModelConfig, world_size: int) -> Plan:
     )
 
 
-# Storage types of a GGUF whose 4-bit groups have an offset, or have none; kept by 4-bit formats.
-_ASYMMETRIC = {"Q4_1": True, "Q4_0": False}
+# Whether groups of a GGUF's storage types have an offset; 4-bit formats keep what the file has.
+_ASYMMETRIC = {
+    **dict.fromkeys(("Q4_1", "Q5_1", "Q4_K", "Q5_K"), True),
+    **dict.fromkeys(("Q4_0", "Q5_0", "Q8_0", "Q6_K"), False),
+}
 
 
 def formats(
@@ -53,7 +57,7 @@ def formats(
 ) -> Callable[[str], WeightFormat | None]:
     """Parameter name -> its format: head and embedding as --head-quant says, other matrices as --quant.
 
-    stored: what the checkpoint holds. A 4-bit format keeps the scheme of a GGUF's 4-bit blocks.
+    stored: what the checkpoint holds. A 4-bit format keeps the scheme of a GGUF's blocks.
     """
     body = weight_format(config.quant, asymmetric=config.int4_asym)
     head_name = config.head_quant or ("int8" if body is not None and body.bits == 4 else config.quant)
@@ -92,12 +96,14 @@ def context_limit(config: EngineConfig, model: ModelConfig) -> int:
 
 @dataclass(frozen=True)
 class RankMemory:
-    """One rank's sums, in bytes. limit: free memory it may use; None: unknown."""
+    """One rank's sums, in bytes. row: cache of one row of the context, the least that runs; cache: what is
+    taken for certain. limit: free memory it may use; None: unknown."""
 
     rank: int
     weight_bytes: int
     cache_bytes: int
     limit_bytes: int | None
+    row_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
@@ -110,7 +116,7 @@ class RankMemory:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """All ranks' sums. context: tokens a row may hold; cache is that for one row (the least that runs)."""
+    """All ranks' sums. context: tokens a row may hold; cache is --cache-bytes, else that of one row."""
 
     ranks: tuple[RankMemory, ...]
     context: int
@@ -120,13 +126,16 @@ class MemoryPlan:
     def check(self, model: str) -> None:
         """Raise MemoryLimitError, with the numbers and a way out, where some rank cannot hold its part."""
         for rank in self.ranks:
+            if rank.cache_bytes < rank.row_bytes:
+                raise small_cache(self.context, rank.row_bytes, rank.cache_bytes)
             if rank.fits is False:
                 assert rank.limit_bytes is not None
                 raise MemoryLimitError(
                     f"{model} as {self.quant}/{self.dtype} over {len(self.ranks)} ranks needs "
-                    f"{gib(rank.total_bytes)} on rank {rank.rank} (weights {gib(rank.weight_bytes)}, cache "
-                    f"of {self.context} tokens {gib(rank.cache_bytes)}, the rest {gib(OVERHEAD_BYTES)}) and "
-                    f"{gib(rank.limit_bytes)} are free there; use more ranks, a smaller --quant or --context"
+                    f"{gib(rank.total_bytes)} on rank {rank.rank} (weights {gib(rank.weight_bytes)}, KV "
+                    f"cache {gib(rank.cache_bytes)} at a context of {self.context}, the rest "
+                    f"{gib(OVERHEAD_BYTES)}) and {gib(rank.limit_bytes)} are free there; use more ranks, a "
+                    f"smaller --quant, --context or --cache-bytes"
                 )
 
     def to_dict(self) -> dict[str, Any]:
@@ -142,6 +151,14 @@ class MemoryPlan:
             for r in self.ranks
         ]
         return {"context": self.context, "dtype": self.dtype, "quant": self.quant, "ranks": ranks}
+
+
+def small_cache(context: int, row_bytes: int, found_bytes: int) -> MemoryLimitError:
+    """The refusal of a cache that does not hold one row of the context."""
+    return MemoryLimitError(
+        f"the KV cache of one row of {context} tokens takes {row_bytes} bytes a rank; {found_bytes} are "
+        f"allowed; use a smaller --context, a larger --cache-bytes, or more ranks"
+    )
 
 
 def gib(count: float) -> str:
@@ -177,6 +194,8 @@ def memory_plan(
         weights = sum(
             weight.weight_bytes(rank, DTYPE_BYTES[dtype], format_of(weight.name)) for weight in plan.weights
         )
-        vectors = 2 * model.num_layers * local_kv_heads(plan, rank, model) * context
-        ranks.append(RankMemory(rank, weights, vectors * vector_bytes, limits[rank]))
+        block_vectors = 2 * model.num_layers * local_kv_heads(plan, rank, model) * BLOCK_SIZE
+        row = -(-context // BLOCK_SIZE) * block_vectors * vector_bytes
+        cache = row if config.cache_bytes is None else config.cache_bytes
+        ranks.append(RankMemory(rank, weights, cache, limits[rank], row))
     return MemoryPlan(tuple(ranks), context, dtype, config.quant)

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 
+from tp_runtime.checkpoint.inventory import TensorInfo
 from tp_runtime.config import CACHE_DTYPES, EngineConfig
+from tp_runtime.engine import host_memory
 from tp_runtime.engine.build import cache_shape
 from tp_runtime.engine.figures import Timing, last_level_cache_bytes, weight_bytes_per_token
-from tp_runtime.engine.host_memory import free_bytes_by_rank
+from tp_runtime.engine.host_memory import free_bytes_by_rank, host_free_bytes
 from tp_runtime.engine.kv_cache import KVCache
-from tp_runtime.engine.memory import OVERHEAD_BYTES, context_limit, formats, memory_plan, sharding_plan
+from tp_runtime.engine.memory import (
+    OVERHEAD_BYTES,
+    MemoryPlan,
+    context_limit,
+    formats,
+    memory_plan,
+    sharding_plan,
+)
 from tp_runtime.errors import ConfigError, MemoryLimitError
 from tp_runtime.models import registry
 from tp_runtime.models.config import ModelConfig
@@ -119,3 +131,56 @@ def test_caches_and_speed() -> None:
     assert last_level_cache_bytes() >= 0
     assert Timing(1.0, 2.0, 10).tok_s == 5
     assert Timing(1.0, 0.0, 0).tok_s is None
+
+
+def test_a_cache_of_given_size_counts() -> None:
+    model = config_of("smollm2-135m")
+    plan = sharding_plan(model, 2)
+
+    def made(cache_bytes: int) -> MemoryPlan:
+        config = EngineConfig(cache_bytes=cache_bytes, context=100)
+        form = formats(config)
+        return memory_plan(model, plan, config, dtype="bf16", format_of=form, limits=[8 << 30] * 2)
+
+    with pytest.raises(MemoryLimitError, match="one row of 100 tokens takes 1966080 bytes a rank; 1 are"):
+        made(1).check("smollm2-135m")
+    with pytest.raises(MemoryLimitError, match=r"KV cache 93132\.26 GiB .* 8\.00 GiB are free there"):
+        made(10**14).check("smollm2-135m")
+    made(4 << 30).check("smollm2-135m")
+
+
+@pytest.mark.parametrize(
+    ("stored", "asymmetric"),
+    [("Q4_K", True), ("Q5_K", True), ("Q5_1", True), ("Q4_1", True), ("Q6_K", False), ("Q5_0", False),
+     ("Q8_0", False), ("Q4_0", False), ("F16", None)],
+)  # fmt: skip
+@pytest.mark.parametrize("asked", [False, True])
+def test_int4_keeps_the_scheme_of_a_gguf(stored: str, asymmetric: bool | None, asked: bool) -> None:
+    name = "model.layers.0.mlp.up_proj.weight"
+    inventory = {name: TensorInfo((64, 64), stored, 4096)}
+    form = formats(EngineConfig(quant="int4", int4_asym=asked), inventory)(name)
+    assert form is not None and form.asymmetric == (asked if asymmetric is None else asymmetric)
+
+
+def write_cgroup(root: Path, files: dict[str, str]) -> None:
+    own = {"proc/self/mounts": "none /cg cgroup2 rw 0 0\n", "proc/self/cgroup": "0::/job\n"}
+    for name, text in {**own, **files}.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+def test_a_container_may_take_what_its_limit_leaves(tmp_path: Path) -> None:
+    stat = "anon 600000\nactive_file 150000\ninactive_file 50000\n"
+    used = {"cg/job/memory.max": "1000000", "cg/job/memory.current": "800000", "cg/job/memory.stat": stat}
+    write_cgroup(tmp_path, {**used, "cg/memory.max": "max", "cg/memory.current": "5"})
+    assert host_free_bytes(str(tmp_path)) == 400_000
+
+
+def test_the_limit_holds_for_all_ranks_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where each rank has a NUMA node with more free memory than the container may take."""
+    placed = SimpleNamespace(ranks=[SimpleNamespace(mem_nodes=(node,)) for node in (0, 1)])
+    monkeypatch.setattr(host_memory, "plan_ranks", lambda *_: placed)
+    monkeypatch.setattr(host_memory, "_free_of_node", lambda node: (3 if node else 1) << 30)
+    monkeypatch.setattr(host_memory, "host_free_bytes", lambda: 1 << 30)
+    assert free_bytes_by_rank(2, "cpu") == [1 << 28, 3 << 28]
