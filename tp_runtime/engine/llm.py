@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .. import env
 from .. import mesh as meshes
-from ..collectives import attach, set_timeout
+from ..collectives import attach
 from ..config import EngineConfig, SamplingParams
 from ..errors import CollectiveError, RequestError
 from ..text import Tokenizer
@@ -81,8 +81,9 @@ class LLM:
         limit_s = (
             self.config.collective_timeout_s or env.get_float("TP_COLLECTIVE_TIMEOUT") or DECODE_TIMEOUT_S
         )
-        set_timeout(self.runner.group, limit_s)
-        self._channel = Channel(self.runner.group, idle_s=limit_s / 3)
+        self._channel = Channel(
+            self.runner.group, limit_s=limit_s, patience_s=max(limit_s, self.config.load_timeout_s)
+        )
 
     @property
     def tokenizer(self) -> Tokenizer | ByteTokenizer:
@@ -133,8 +134,10 @@ class LLM:
     ) -> list[Completion]:
         """Answer every prompt; the completions in the prompts' order, the same on every rank.
 
+        Ranks may come to a call at different times, up to load_timeout_s apart.
         params: one for all, or one a prompt. on_text(index, piece): called on rank 0 as text becomes
-        certain. Raises RequestError before anything runs, CollectiveError where a rank is lost.
+        certain; while it runs the others wait, however long. Raises RequestError before anything runs,
+        CollectiveError where a rank is lost.
         """
         if isinstance(prompts, str):
             raise RequestError("prompts is a single string; give a list of prompts")
@@ -146,12 +149,17 @@ class LLM:
                 f"{len(prompts)} prompts came with {len(each)} sampling parameters; give one each"
             )
         answers = [self._answer(prompt, its) for prompt, its in zip(prompts, each, strict=True)]
+        self._channel.begin()
         if self.rank != 0:
             return self._follow()
-        self._drive(answers, on_text)
+        try:
+            self._drive(answers, on_text)
+        except BaseException:
+            self._channel.end()  # no sign of life from here on: the others must not wait for a result
+            raise
         completions = [answer.completion() for answer in answers]
         shared = json.dumps([asdict(completion) for completion in completions])
-        self._channel.send(Operation.RESULT, to_words(shared))
+        self._channel.end(Operation.RESULT, to_words(shared))
         return completions
 
     def close(self) -> None:
