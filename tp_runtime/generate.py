@@ -7,9 +7,14 @@ JSON document. `check` refuses bad input without torch, before any rank exists.
 from __future__ import annotations
 
 import json
+import os
+import signal
+import stat
 import sys
+import tempfile
 from argparse import Namespace
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tp_runtime import env
@@ -49,13 +54,40 @@ def _parser() -> Parser:
     return parser
 
 
-def _prompts(args: Namespace) -> list[str]:
+def _stdin_bytes() -> bytes:
+    """All of stdin, left to be read again: by this process once it runs, and by the ranks it starts."""
+    try:
+        begin = os.lseek(0, 0, os.SEEK_CUR)
+    except OSError:  # a pipe or a terminal: what came through it is kept in a file that takes its place
+        with tempfile.TemporaryFile() as kept:
+            kept.write(os.fdopen(0, "rb", closefd=False).read())
+            kept.flush()
+            os.dup2(kept.fileno(), 0)
+        begin = os.lseek(0, 0, os.SEEK_SET)
+    with open(0, "rb", closefd=False) as file:
+        content = file.read()
+    os.lseek(0, begin, os.SEEK_SET)
+    return content
+
+
+def _file_bytes(path: str) -> bytes:
+    if path == "-":
+        return _stdin_bytes()
+    if stat.S_ISFIFO(os.stat(path).st_mode):
+        raise ConfigError(
+            f"--prompt-file {path} is a pipe, which can be read only once; pipe it in and use -"
+        )
+    return Path(path).read_bytes()
+
+
+def _prompts(args: Namespace) -> list[str] | None:
+    """The prompts. None where rank 0 of the job reads stdin for this rank."""
+    if args.prompt_file == "-" and env.get_int("RANK"):
+        return None
     texts = list(args.prompt or [])
     if args.prompt_file:
         try:
-            file = sys.stdin.buffer if args.prompt_file == "-" else open(args.prompt_file, "rb")  # noqa: SIM115
-            with file:
-                texts.append(file.read().decode())
+            texts.append(_file_bytes(args.prompt_file).decode())
         except OSError as error:
             raise ConfigError(f"--prompt-file {args.prompt_file} cannot be read: {error.strerror}") from None
         except UnicodeDecodeError:
@@ -71,12 +103,12 @@ def _prompts(args: Namespace) -> list[str]:
     return texts
 
 
-def _requests(args: Namespace) -> list[Any]:
+def _requests(args: Namespace, texts: list[str]) -> list[Any]:
     """What LLM.generate takes: texts, or chat messages."""
     if not args.chat:
-        return _prompts(args)
+        return texts
     system = [{"role": "system", "content": args.system}] if args.system else []
-    return [[*system, {"role": "user", "content": text}] for text in _prompts(args)]
+    return [[*system, {"role": "user", "content": text}] for text in texts]
 
 
 def check(argv: Sequence[str], nproc: int) -> int | None:
@@ -97,7 +129,7 @@ def check(argv: Sequence[str], nproc: int) -> int | None:
     if args.plan:
         show_plan(engine, nproc, as_json=args.json)
         return 0
-    preflight(engine, sampling, nproc, _requests(args))
+    preflight(engine, sampling, nproc, _requests(args, _prompts(args) or []))
     return None
 
 
@@ -123,31 +155,43 @@ def _report(llm: LLM, completions: list[Completion], sampling: SamplingParams) -
     return document
 
 
+def _say(text: str) -> bool:
+    """Write to stdout at once; False where nobody reads it any more (`... | head -1`)."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return False
+    return True
+
+
 def _run(args: Namespace, engine: EngineConfig, sampling: SamplingParams) -> None:
     from tp_runtime.engine.llm import LLM
     from tp_runtime.engine.report import figures_line
 
-    requests = _requests(args)
+    texts = _prompts(args)
     with LLM(measure_ceiling=True, **engine.to_dict()) as llm:
+        if args.prompt_file == "-":
+            texts = llm.from_rank_0(texts)
+        assert texts is not None, "rank 0 has the prompts"
+        requests = _requests(args, texts)
         speaks = llm.rank == 0
         stream = speaks and not args.json and len(requests) == 1
 
-        def show(_: int, piece: str) -> None:
-            sys.stdout.write(piece)
-            sys.stdout.flush()
+        def show(_: int, piece: str) -> bool:
+            return _say(piece)
 
         completions = llm.generate(requests, sampling, on_text=show if stream else None)
         document = _report(llm, completions, sampling)
         if not speaks:
             return
         if args.json:
-            sys.stdout.write(json.dumps(document) + "\n")
+            _say(json.dumps(document) + "\n")
         elif stream:
-            sys.stdout.write("\n")
+            _say("\n")
         else:
-            for index, completion in enumerate(completions):
-                sys.stdout.write(f"--- {index + 1}\n{completion.text}\n")
-        sys.stdout.flush()
+            _say("".join(f"--- {index + 1}\n{c.text}\n" for index, c in enumerate(completions)))
         sys.stderr.write(figures_line(document) + "\n")
 
 
@@ -168,6 +212,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if rank == 0 or isinstance(error, CollectiveError):
             sys.stderr.write(f"error: {error}\n")
         return 2
+    except KeyboardInterrupt:  # Ctrl-C: end by that signal, as the shell expects, without a traceback
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
     return 0
 
 

@@ -14,6 +14,8 @@ from dataclasses import asdict
 from types import TracebackType
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from .. import env
@@ -43,7 +45,7 @@ from .tokenizing import NoText, has_tokenizer, open_tokenizer
 DECODE_TIMEOUT_S = 60.0
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
-OnText = Callable[[int, str], None]
+OnText = Callable[[int, str], bool | None]
 
 
 class LLM:
@@ -136,8 +138,8 @@ class LLM:
 
         Ranks may come to a call at different times, up to load_timeout_s apart.
         params: one for all, or one a prompt. on_text(index, piece): called on rank 0 as text becomes
-        certain; while it runs the others wait, however long. Raises RequestError before anything runs,
-        CollectiveError where a rank is lost.
+        certain; False from it ends that answer ("cancelled"); while it runs the others wait.
+        Raises RequestError before anything runs, CollectiveError where a rank is lost.
         """
         if isinstance(prompts, str):
             raise RequestError("prompts is a single string; give a list of prompts")
@@ -161,6 +163,15 @@ class LLM:
         shared = json.dumps([asdict(completion) for completion in completions])
         self._channel.end(Operation.RESULT, to_words(shared))
         return completions
+
+    def from_rank_0(self, value: Any) -> Any:
+        """Rank 0's value (any that pickles), on every rank; what the others bring is dropped."""
+        found = [value]
+        if self.world_size > 1:
+            dist.broadcast_object_list(
+                found, group=self.runner.group, group_src=0, device=torch.device("cpu")
+            )
+        return found[0]
 
     def close(self) -> None:
         """Let the other ranks go. Idempotent."""
@@ -194,23 +205,24 @@ class LLM:
             speculator.begin()
         start = first = time.perf_counter()
         untimed = 0  # tokens that rows drew while others still had none
-        tell: OnText = on_text if on_text is not None else lambda _, piece: None
+
+        def tell(answer: Answer, piece: str) -> None:
+            wanted = on_text(index[id(answer)], piece) if piece and on_text is not None else None
+            if wanted is False and answer.finish_reason is None:
+                answer.finish_reason = "cancelled"
+
         while batch.busy:
             batch.admit()
             if speculator is not None:
                 speculator.propose(batch.running)
             rows = batch.next_rows()
-            if speculator is None and decode_burst(
-                self.runner, self._channel, rows, lambda a, piece: tell(index[id(a)], piece)
-            ):
+            if speculator is None and decode_burst(self.runner, self._channel, rows, tell):
                 batch.retire()
                 continue
             any_first = False
             for answer, logits_NV in self._run(rows):
                 any_first |= not answer.output
-                piece = self._accept(answer, logits_NV)
-                if piece and on_text is not None:
-                    on_text(index[id(answer)], piece)
+                tell(answer, self._accept(answer, logits_NV))
             if any_first:
                 first, untimed = time.perf_counter(), sum(len(answer.output) for answer in answers)
             if speculator is not None:

@@ -22,7 +22,8 @@ class Completion:
     """What became of one prompt.
 
     tokens: new ids, the end token included where one was drawn. finish_reason: "stop" (an end token or
-    a stop string) or "length". logprobs: one entry a new token, where asked for.
+    a stop string), "length", or "cancelled" (on_text returned False). logprobs: one entry a new token, where
+    asked for.
     """
 
     text: str
