@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, fields, replace
+from numbers import Integral, Real
 from typing import Any
 
-from .errors import ConfigError, RequestError
+from .errors import ConfigError, RequestError, TPError
 from .layout import weight_format
 
 DTYPES = ("fp32", "bf16", "fp16")
@@ -32,6 +33,28 @@ def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
 def _at_least(name: str, value: float | None, least: float) -> None:
     if value is not None and (not math.isfinite(value) or value < least):
         raise ConfigError(f"--{name.replace('_', '-')} {value} is too small; the least is {least:g}")
+
+
+_KINDS: dict[str, tuple[type, str]] = {
+    "str": (str, "a text"),
+    "int": (Integral, "a whole number"),
+    "float": (Real, "a number"),
+    "bool": (bool, "true or false"),
+    "tuple[str, ...]": (tuple, "a list of texts"),
+}
+
+
+def _check_types(settings: Any, error: type[TPError]) -> None:
+    """Raise `error` for a field whose value is not of its type, as a file or a Python caller may bring it."""
+    for field in fields(settings):
+        name, value = field.name, getattr(settings, field.name)
+        kind, _, optional = str(field.type).partition(" | ")
+        wanted, words = _KINDS[kind]
+        good = isinstance(value, wanted) and (kind == "bool" or not isinstance(value, bool))
+        if kind.startswith("tuple") and good:
+            good = all(isinstance(text, str) for text in value)
+        if not good and not (optional and value is None):
+            raise error(f"{name}={value!r} is not {words}; give one")
 
 
 @dataclass(frozen=True)
@@ -87,6 +110,7 @@ class EngineConfig:
     speculate_exact: bool = False
 
     def __post_init__(self) -> None:
+        _check_types(self, ConfigError)
         if self.dtype is not None:
             _one_of("dtype", self.dtype, DTYPES)
         _one_of("device", self.device, DEVICES)
@@ -155,7 +179,9 @@ class SamplingParams:
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        if isinstance(self.stop, str | list):
+            object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        _check_types(self, RequestError)
         for name, low, high, meaning in _SAMPLING_LIMITS:
             value = getattr(self, name)
             if value is not None and not low <= value <= high:  # also refuses NaN

@@ -34,6 +34,7 @@ VARIABLES: tuple[Variable, ...] = (
     Variable("HF_HOME", "path", "~/.cache/huggingface", "the folder of the Hugging Face libraries"),
     Variable("TP_LOG_LEVEL", "str", "info", "debug, info, warning or error"),
     Variable("TP_CPU_ISA", "str", None, "CPU kernels: avx2, avx512 or amx; not sums over ranks"),
+    Variable("CXX", "str", None, "the C++ compiler; default: the first of g++, c++ and clang++"),
     Variable("TORCHINDUCTOR_CACHE_DIR", "path", None, "compiled graphs; default: below TP_CACHE_DIR"),
     Variable("GLOO_SOCKET_IFNAME", "str", None, "network interface of gloo; lo for a job on one host"),
     Variable("RANK", "int", "0", "rank in the job", "launcher"),
@@ -107,9 +108,19 @@ def get_flag(name: str, environ: Mapping[str, str] | None = None) -> bool:
 
 
 def get_path(name: str, environ: Mapping[str, str] | None = None) -> Path | None:
-    """The value as a path with ~ expanded."""
+    """The value as a path with ~ expanded. Raises ConfigError for an unknown ~user."""
     value = get(name, environ)
-    return None if value is None else Path(value).expanduser()
+    return None if value is None else user_path(value, name)
+
+
+def user_path(text: str, asked: str) -> Path:
+    """A path as a user wrote it, with ~ expanded. asked: who asks, for the message. Raises ConfigError."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise ConfigError(
+            f"{asked} {text}: there is no such user, so ~ means no folder; write the path in full"
+        ) from None
 
 
 def set_default(name: str, value: str) -> None:

@@ -178,15 +178,10 @@ def configurations(args: argparse.Namespace) -> tuple[EngineConfig, SamplingPara
     values = _from_file(args.config, {*engine, *sampling}) if args.config else {}
     given = {name: value for name, value in vars(args).items() if value is not None}
     values.update((name, value) for name, value in given.items() if name in engine or name in sampling)
-    if isinstance(values.get("stop"), list):
-        values["stop"] = tuple(values["stop"])
-    try:
-        return (
-            EngineConfig(**{engine[name]: value for name, value in values.items() if name in engine}),
-            SamplingParams(**{name: value for name, value in values.items() if name in sampling}),
-        )
-    except TypeError as error:
-        raise ConfigError(f"a setting has the wrong type: {error}") from None
+    return (
+        EngineConfig(**{engine[name]: value for name, value in values.items() if name in engine}),
+        SamplingParams(**{name: value for name, value in values.items() if name in sampling}),
+    )
 
 
 def print_config(engine: EngineConfig, sampling: SamplingParams) -> None:

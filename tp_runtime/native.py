@@ -64,31 +64,31 @@ def load(library: Library) -> None:
     Raises KernelBuildError where there is no compiler or it fails; ConfigError where $TP_CACHE_DIR cannot
     be written.
     """
-    compiler = _find_compiler()
+    compiler = find_compiler()
+    if compiler is None:
+        raise KernelBuildError("no C++ compiler is found; install g++ (or set CXX) to get the native kernels")
     root = env.get_path("TP_CACHE_DIR")
     assert root is not None, "TP_CACHE_DIR has a default"
     target = root / "native" / f"{library.name}-{_digest(library, compiler)}.so"
-    if not target.exists():
-        try:
+    try:
+        if not target.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
             with _lock(target.with_suffix(".lock"), library.name):
                 if not target.exists():
                     _build(library, compiler, target)
-        except OSError as error:
-            raise ConfigError(
-                f"TP_CACHE_DIR={root} cannot hold the built {library.name} ({error.strerror}); "
-                "set TP_CACHE_DIR to a folder that can be written"
-            ) from None
+    except OSError as error:
+        raise ConfigError(
+            f"TP_CACHE_DIR={root} cannot hold the built {library.name} ({error.strerror}); "
+            "set TP_CACHE_DIR to a folder that can be written"
+        ) from None
     torch.ops.load_library(str(target))
 
 
-def _find_compiler() -> str:
-    from torch.utils.cpp_extension import get_cxx_compiler  # imports setuptools: not at module level
-
-    compiler = shutil.which(get_cxx_compiler())
-    if compiler is None:
-        raise KernelBuildError("no C++ compiler is found; install g++ (or set CXX) to get the native kernels")
-    return compiler
+def find_compiler() -> str | None:
+    """The C++ compiler of kernels and compiled graphs: $CXX, else the first of g++, c++ and clang++ found."""
+    chosen = env.get("CXX")
+    names = (chosen,) if chosen else ("g++", "c++", "clang++")
+    return next((path for name in names if (path := shutil.which(name))), None)
 
 
 def _digest(library: Library, compiler: str) -> str:

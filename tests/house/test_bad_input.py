@@ -7,6 +7,7 @@ import os
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -65,6 +66,11 @@ def long_prompt(folder: Path) -> list[str]:
     return ["generate.py", "--context", "512", "--prompt-file", str(folder / "long.txt")]
 
 
+def run_file(folder: Path, content: str) -> list[str]:
+    (folder / "run.toml").write_text(content)
+    return ["generate.py", "--config", str(folder / "run.toml"), *PROMPT]
+
+
 def short_draft(folder: Path) -> list[str]:
     for name in ("target", "draft"):
         (folder / name).mkdir()
@@ -103,7 +109,9 @@ CASES: dict[str, tuple[Make, str]] = {
         lambda f: ["generate.py", "--model", str(tiny_model(f, with_tokenizer=False)), *PROMPT], "tokenizer",
     ),
     "does not fit": (
-        lambda f: ["generate.py", "--model", "llama2-70b", "--random-weights", *PROMPT], "are free there",
+        # The KV cache alone is to take 1.3 TB a rank: no host has it free.
+        lambda f: ["generate.py", "--model", "llama-70b", "--random-weights", "--cache-bytes", str(13 * 10**11), *PROMPT],
+        "are free there",
     ),
     "context beyond the model": (lambda f: ["generate.py", "--context", "9000", *PROMPT], "8192 positions"),
     "bad temperature": (lambda f: ["generate.py", "--temperature", "-1", *PROMPT], "temperature"),
@@ -131,6 +139,20 @@ CASES: dict[str, tuple[Make, str]] = {
         lambda f: ["generate.py", "--draft", "lookup", "--draft-quant", "int8", *PROMPT], "--draft-quant",
     ),
     "prompt beyond the draft's context": (short_draft, "tokens and the context of --draft"),
+    "unknown user": (lambda f: ["generate.py", "--model", "~nouser/x", *PROMPT], "no such user"),
+    "unknown user of the weights": (lambda f: ["generate.py", "--weights", "~nouser/x", *PROMPT], "no such user"),
+    "name without end": (lambda f: ["generate.py", "--model", "x" * 5000, *PROMPT], "cannot be opened"),
+    "cache too small": (lambda f: ["generate.py", "--cache-bytes", "1", *PROMPT], "1 are allowed"),
+    "cache too large": (lambda f: ["generate.py", "--cache-bytes", str(10**14), *PROMPT], "are free there"),
+    "fp8 on a CPU": (
+        lambda f: ["generate.py", "--quant", "fp8", "--device", "cpu", *PROMPT], "--quant fp8 is for CUDA",
+    ),
+    "text in no encoding": (lambda f: ["generate.py", "--prompt", "a\udcff"], "surrogate"),
+    "model is a number": (lambda f: run_file(f, "model = 5"), "model=5 is not a text"),
+    "half a token": (lambda f: run_file(f, "context = 64.5"), "context=64.5 is not a whole number"),
+    "stop is a number": (lambda f: run_file(f, "stop = [1]"), "stop=(1,) is not a list of texts"),
+    "half a seed": (lambda f: run_file(f, "seed = 1.5"), "seed=1.5 is not a whole number"),
+    "flag that is a number": (lambda f: run_file(f, "compile = 1"), "compile=1 is not true or false"),
     "system without chat": (lambda f: ["generate.py", "--system", "x", *PROMPT], "--chat"),
 }  # fmt: skip
 
@@ -164,6 +186,24 @@ def test_unwritable_cache_folder(tmp_path: Path, smollm2_gguf: Path) -> None:
     assert_refused(done, "TP_CACHE_DIR")
 
 
+def test_unknown_user_of_the_hub_cache(smollm2_gguf: Path) -> None:
+    done = launch(["generate.py", "--model", "llama-70b", *PROMPT], HF_HUB_CACHE="~nouser/x")
+    assert_refused(done, "HF_HUB_CACHE ~nouser/x: there is no such user")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may enter any folder")
+def test_a_folder_that_may_not_be_entered(tmp_path: Path, smollm2_gguf: Path) -> None:
+    inside = tmp_path / "closed" / "model"
+    inside.mkdir(parents=True)
+    inside.parent.chmod(0)
+    try:
+        assert_refused(launch(["generate.py", "--model", str(inside), *PROMPT]), "cannot be opened")
+        named = ["generate.py", "--model", "llama-70b", *PROMPT]
+        assert_refused(launch(named, TP_MODEL_PATH=str(inside)), "cannot be opened")
+    finally:
+        inside.parent.chmod(0o700)
+
+
 def test_plan_needs_no_weights_and_no_torch(tmp_path: Path) -> None:
     """The 70B plan for 8 ranks, from one process."""
     arguments = [
@@ -177,9 +217,17 @@ def test_plan_needs_no_weights_and_no_torch(tmp_path: Path) -> None:
         "--context",
         "8192",
     ]
+    started = time.monotonic()
     done = launch([*arguments, "--plan"])
+    assert time.monotonic() - started < 20
     assert done.returncode == 0, done.stderr
-    assert "rank" in done.stdout and "161 all_reduce" in done.stdout
+    assert "161 all_reduce" in done.stdout
+    heading, *ranks = done.stdout.splitlines()[-9:]
+    assert heading.split()[:3] == ["rank", "weights", "KV"] and heading.endswith("fits")
+    # A rank has a KV head of 128 on 80 layers, in bf16 or fp32.
+    kv_cache = {"0.31" if "int8/bf16" in done.stdout else "0.62"}
+    assert {row.split()[3] for row in ranks} == kv_cache
+    assert all(row.split()[-1] in ("yes", "no") for row in ranks)
     document = json.loads(launch([*arguments, "--plan", "--json"]).stdout)
     assert len(document["ranks"]) == 8
     assert document["weight_bytes_per_token"] == sum(

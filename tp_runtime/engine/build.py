@@ -30,13 +30,14 @@ from ..layout import WeightFormat
 from ..log import once
 from ..models.config import ModelConfig
 from ..models.llama import Llama
+from ..native import find_compiler
 from ..quant.embedding import QuantEmbedding
 from ..quant.linear import QuantLinear
 from ..quant.tensor import QuantizedTensor
 from ..sharding.layers import wrap_modules
 from ..sharding.plan import Plan
 from .cuda_fuse import fuse_projections
-from .device import has_compiler, pick_device, pick_dtype, refuse_cache_dtype
+from .device import pick_device, pick_dtype, refuse_cache_dtype
 from .figures import weight_bytes_per_token
 from .fused import join_projections, share_tied_table
 from .host_memory import host_free_bytes
@@ -95,7 +96,10 @@ def build_runner(source: ModelSource, config: EngineConfig, mesh: DeviceMesh, de
     dtype = pick_dtype(config, device)
     if config.dtype is None:
         once(f"computing in {dtype}, which this {device} has; --dtype changes it", logging.INFO)
-    compile = config.compile and has_compiler() and device == "cpu"
+    compiler = find_compiler()
+    if compiler is not None:
+        env.set_default("CXX", compiler)  # for inductor, which by itself looks for g++ alone
+    compile = config.compile and compiler is not None and device == "cpu"
     if config.compile and not compile and device == "cpu":
         once("no C++ compiler is found, so the step is not compiled; install g++, or say --no-compile")
     if config.threads is not None:

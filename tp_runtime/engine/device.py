@@ -6,7 +6,6 @@ torch to the answer.
 
 from __future__ import annotations
 
-import shutil
 from functools import cache
 from pathlib import Path
 
@@ -29,11 +28,6 @@ def cpu_flags() -> frozenset[str]:
 def has_nvidia_gpu() -> bool:
     """True where the NVIDIA driver shows at least one card."""
     return any(Path("/dev").glob("nvidia[0-9]*"))
-
-
-def has_compiler() -> bool:
-    """True where inductor will find a C++ compiler."""
-    return any(shutil.which(name) for name in ("g++", "clang++", "c++"))
 
 
 def pick_device(config: EngineConfig) -> str:

@@ -34,6 +34,11 @@ def weight_bytes_per_token(
 
 def last_level_cache_bytes(sysroot: Path = Path("/")) -> int:
     """Bytes of the last-level caches this process may run on, each counted once; 0 where unknown."""
+    return sum(last_level_caches(sysroot).values())
+
+
+def last_level_caches(sysroot: Path = Path("/")) -> dict[str, int]:
+    """The same by the CPUs that share each, so that those of several ranks can be joined."""
     caches: dict[str, int] = {}
     for cpu in os.sched_getaffinity(0):
         levels = sorted((sysroot / f"sys/devices/system/cpu/cpu{cpu}/cache").glob("index*"))
@@ -48,7 +53,7 @@ def last_level_cache_bytes(sysroot: Path = Path("/")) -> int:
             scale = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}.get(size[-1:], 1)
             best = max(best, (level, shared, int(size.rstrip("KMG")) * scale))
         caches[best[1]] = best[2]
-    return sum(caches.values())
+    return caches
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,7 @@ def preflight_engine(engine: EngineConfig, nproc: int) -> tuple[ModelSource, int
     source = _source(engine)
     device = pick_device(engine)
     refuse_cache_dtype(engine, device)
+    _refuse_format(engine, device)
     plan = sharding_plan(source.config, nproc)
     stored = None if source.weights_path is None else stored_tensors(source.weights_path)
     if stored is not None:
@@ -71,6 +72,18 @@ def preflight_engine(engine: EngineConfig, nproc: int) -> tuple[ModelSource, int
             beside.check(f"the draft {draft.name}")
         warn_if_larger(draft, source, engine, memory.dtype)
     return source, context, draft
+
+
+def _refuse_format(engine: EngineConfig, device: str) -> None:
+    """fp8 weights have kernels for GPUs only; on CPUs they are a reference for tests (LLM takes them)."""
+    asked = {
+        "--quant fp8": engine.quant == "fp8",
+        "--head-quant fp8": engine.head_quant == "fp8",
+        "--draft-quant fp8": engine.draft_quant == "fp8",
+        "--draft self:fp8": engine.draft == "self:fp8",
+    }
+    for words in (words for words, is_asked in asked.items() if is_asked and device == "cpu"):
+        raise ConfigError(f"{words} is for CUDA and this run is on the CPU; use int8, or --device cuda")
 
 
 def _refuse_cache_folder() -> None:
@@ -106,11 +119,16 @@ def _long_prompts(source: ModelSource, requests: Sequence[Any], context: int) ->
     tokenizer = open_tokenizer(source)
     for request in requests:
         is_chat = not isinstance(request, str)
-        if not is_chat and len(request.encode("utf-8", "surrogatepass")) < context // 2:
+        if not is_chat and len(request.encode("utf-8", "replace")) < context // 2 and _is_unicode(request):
             continue
         messages: Sequence[Mapping[str, Any]] = request if is_chat else ()
         ids = tokenizer.encode_chat(list(messages)) if is_chat else tokenizer.encode(request)
         yield len(ids)
+
+
+def _is_unicode(text: str) -> bool:
+    """False for lone surrogates, which bytes of a command line that are no UTF-8 become."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def show_plan(engine: EngineConfig, nproc: int, *, as_json: bool) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import socket
 from typing import TYPE_CHECKING, Any
 
-import torch
+import torch.distributed as dist
 
-from ..collectives import all_gather
-from .figures import CACHE_FACTOR, last_level_cache_bytes, peak_rss_bytes
+from .figures import CACHE_FACTOR, last_level_caches, peak_rss_bytes
 from .speculative.report import speculation_words
 
 if TYPE_CHECKING:
@@ -18,11 +18,11 @@ def run_figures(llm: LLM) -> dict[str, Any]:
     """Speed and memory of the last generate call. Every rank calls it: peak memory is gathered."""
     built, timing, ceiling = llm.built, llm.timing, llm.read_ceiling_gb_s
     token_bytes = built.weight_bytes_per_token
-    resident = built.device == "cpu" and token_bytes < CACHE_FACTOR * last_level_cache_bytes()
+    peaks, caches = _of_all_ranks(llm)
+    resident = built.device == "cpu" and token_bytes < CACHE_FACTOR * caches
     speed = timing.tok_s if timing is not None else None
     # With a draft, weights are not read once a token.
     claim = speed is not None and ceiling is not None and not resident and llm.speculator is None
-    peak = torch.tensor([peak_rss_bytes()], dtype=torch.float64)
     return {
         "model": llm.source.name,
         "world_size": llm.world_size,
@@ -36,8 +36,18 @@ def run_figures(llm: LLM) -> dict[str, Any]:
         "mbu": token_bytes * speed / (ceiling * 1e9) if claim else None,  # type: ignore[operator]
         "cache_resident": resident,
         "speculation": llm.speculator.report.to_dict() if llm.speculator is not None else None,
-        "peak_rss_bytes": [int(value) for value in all_gather(peak, llm.runner.group).flatten().tolist()],
+        "peak_rss_bytes": peaks,
     }
+
+
+def _of_all_ranks(llm: LLM) -> tuple[list[int], int]:
+    """Every rank's peak memory, and the bytes of all last-level caches that ranks may run on."""
+    own = (peak_rss_bytes(), {(socket.gethostname(), cpus): n for cpus, n in last_level_caches().items()})
+    found: list[Any] = [own] * llm.world_size
+    if llm.world_size > 1:
+        dist.all_gather_object(found, own, group=llm.runner.group)
+    caches = {place: size for _, sizes in found for place, size in sizes.items()}
+    return [peak for peak, _ in found], sum(caches.values())
 
 
 def figures_line(document: dict[str, Any]) -> str:

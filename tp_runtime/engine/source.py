@@ -68,12 +68,20 @@ def resolve(
     model: see the module; None: `weights`, or the demo model. weights: a path that replaces the weights
     `model` would find. random_weights: take only the shape. layers: keep that many of its layers.
     Raises ModelNotFoundError where there is no such model or no weights, CheckpointError for damaged
-    weights or ones of another shape, and ConfigError for settings that exclude each other.
+    weights or ones of another shape, and ConfigError for settings that exclude each other and for paths
+    that may not be entered.
     """
+    try:
+        return _resolve(model, weights, random_weights, layers)
+    except OSError as error:
+        raise ConfigError(f"{error.filename} cannot be opened: {error.strerror}; give another path") from None
+
+
+def _resolve(model: str | None, weights: str | None, random_weights: bool, layers: int | None) -> ModelSource:
     if weights is not None and random_weights:
         raise ConfigError("--weights and --random-weights exclude each other; give one of them")
     if model is None and weights is not None:
-        source = _from_path(weights, Path(weights).expanduser())
+        source = _from_path(weights, env.user_path(weights, "--weights"))
     else:
         source = _named(model, weights, random_weights)
     if random_weights:
@@ -88,10 +96,10 @@ def _named(model: str | None, weights: str | None, random_weights: bool) -> Mode
     entry = _entry(name)
     if entry is None:
         source = _from_path(name, _locate(name, shape_only=random_weights))
-        return source if weights is None else _with_weights(source, Path(weights).expanduser())
+        return source if weights is None else _with_weights(source, env.user_path(weights, "--weights"))
     if weights is not None:
         return _with_weights(
-            ModelSource(name, entry.config, "random", None, None), Path(weights).expanduser()
+            ModelSource(name, entry.config, "random", None, None), env.user_path(weights, "--weights")
         )
     for place in _places(entry):
         if place.exists():
@@ -110,7 +118,7 @@ def _entry(name: str) -> registry.ModelEntry | None:
 
 def _locate(model: str, *, shape_only: bool) -> Path:
     """The folder or file behind a path or a hub id. shape_only: of a hub id, weights are not wanted."""
-    path = Path(model).expanduser()
+    path = env.user_path(model, "--model")
     if path.exists():
         return path
     if _HUB_ID.fullmatch(model) and path.suffix not in (".gguf", ".safetensors"):
