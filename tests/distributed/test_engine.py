@@ -6,6 +6,7 @@ lengths, longer than a prefill chunk, over several cache blocks.
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ COMMON = {
     "num_hidden_layers": 3,
     "num_attention_heads": 6,
     "num_key_value_heads": 3,
-    "head_dim": 8,
+    "head_dim": 16,
     "max_position_embeddings": 256,
     "initializer_range": 0.3,
     "bos_token_id": 1,
@@ -43,11 +44,20 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 LENGTHS = (3, 45, 17)
 NEW_TOKENS = 24
-SELECTED = {("llama", 2), ("llama3", 3), ("mistral", 2), ("qwen2", 3), ("qwen3", 1)}
+PATHS: dict[str, dict[str, Any]] = {
+    "eager": {"compile": False},
+    "compiled": {"native_step": False},
+    "native": {},
+}
+# Every family runs natively, every world on every path.
+SELECTED = {
+    ("llama", 2, "native"), ("llama3", 3, "native"), ("mistral", 2, "native"), ("qwen2", 3, "native"),
+    ("qwen3", 1, "native"), ("llama3", 1, "eager"), ("mistral", 1, "compiled"), ("qwen3", 2, "compiled"),
+    ("qwen2", 2, "eager"), ("llama", 3, "compiled"), ("mistral", 3, "eager"),
+}  # fmt: skip
 CASES = [
-    pytest.param(family, world, marks=[] if (family, world) in SELECTED else [pytest.mark.full])
-    for family in FAMILIES
-    for world in (1, 2, 3)
+    pytest.param(*case, marks=[] if case in SELECTED else [pytest.mark.full])
+    for case in product(FAMILIES, (1, 2, 3), PATHS)
 ]
 
 
@@ -81,14 +91,15 @@ def greedy(model: Any, ids: list[int]) -> tuple[int, ...]:
     return tuple(found[len(ids) :])
 
 
-def body(path: str, settings: dict[str, Any]) -> list[list[tuple[int, ...]]]:
+def body(path: str, how: str) -> list[list[tuple[int, ...]]]:
     """The tokens of each prompt alone, then of all three together."""
     from tp_runtime.config import SamplingParams
     from tp_runtime.engine.llm import LLM
 
     params = SamplingParams(max_new_tokens=NEW_TOKENS, ignore_eos=True)
     prompts = make_prompts()
-    with LLM(path, dtype="fp32", max_batch=3, prefill_chunk=32, **settings) as llm:
+    with LLM(path, dtype="fp32", max_batch=3, prefill_chunk=32, **PATHS[how]) as llm:
+        assert (llm.runner.native is not None, llm.runner.compiled) == (how == "native", how == "compiled")
         alone = [llm.generate([prompt], params)[0].tokens for prompt in prompts]
         together = [done.tokens for done in llm.generate(prompts, params)]
         llm.pool.sanity_checks()
@@ -96,12 +107,11 @@ def body(path: str, settings: dict[str, Any]) -> list[list[tuple[int, ...]]]:
     return [alone, together]
 
 
-@pytest.mark.parametrize(("family", "world"), CASES)
-def test_greedy_tokens_equal_transformers(family: str, world: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("family", "world", "how"), CASES)
+def test_greedy_tokens_equal_transformers(family: str, world: int, how: str, tmp_path: Path) -> None:
     model = save_model(family, tmp_path)
     wanted = [greedy(model, ids) for ids in make_prompts()]
-    compiled = world == 2
-    for answers in run_ranks(world, body, str(tmp_path), {"compile": compiled}, timeout=300):
+    for answers in run_ranks(world, body, str(tmp_path), how, timeout=300):
         assert answers[0] == wanted, "one prompt at a time"
         assert answers[1] == wanted, "three prompts in one batch"
 
@@ -131,7 +141,7 @@ def test_reference_path_is_the_plain_model_bit_for_bit(family: str, tmp_path: Pa
     assert equal, f"largest difference {worst:.2e}"
 
 
-def graphs_body(path: str) -> list[int]:
+def graphs_body(path: str, quant: str) -> list[int]:
     """Compiled graphs after warm-up, after one prompt, and after prompts of other lengths and batches."""
     from torch._dynamo.utils import counters
 
@@ -139,7 +149,8 @@ def graphs_body(path: str) -> list[int]:
     from tp_runtime.engine.llm import LLM
 
     counts = []
-    with LLM(path, dtype="fp32", native_step=False, max_batch=3, prefill_chunk=32) as llm:
+    settings = {"dtype": "fp32", "quant": quant, "native_step": False}
+    with LLM(path, max_batch=3, prefill_chunk=32, **settings) as llm:  # type: ignore[arg-type]
         counts.append(counters["stats"]["unique_graphs"])
         for prompts in (make_prompts()[:1], make_prompts()[1:2], make_prompts()):
             llm.generate(prompts, SamplingParams(max_new_tokens=40, ignore_eos=True))
@@ -148,10 +159,14 @@ def graphs_body(path: str) -> list[int]:
     return counts
 
 
-def test_nothing_is_compiled_after_warm_up(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "quant",
+    ["int8", pytest.param("int4", marks=pytest.mark.full), pytest.param("none", marks=pytest.mark.full)],
+)
+def test_nothing_is_compiled_after_warm_up(quant: str, tmp_path: Path) -> None:
     """Two graphs, one token and several, whatever comes after; fullgraph, so no graph break."""
     save_model("llama", tmp_path)
-    for counts in run_ranks(2, graphs_body, str(tmp_path), timeout=300):
+    for counts in run_ranks(2, graphs_body, str(tmp_path), quant, timeout=300):
         assert counts == [2, 2, 2, 2]
 
 

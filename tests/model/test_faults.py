@@ -29,11 +29,11 @@ def rank_pid(job: Launch, rank: int) -> int | None:
     return None
 
 
-def until(job: Launch, stage: str) -> int:
-    """Wait for the stage; the pid of rank 1."""
+def until(job: Launch, stage: str, rank: int = 1) -> int:
+    """Wait for the stage; the pid of the rank."""
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline and job.process.poll() is None:
-        pid = rank_pid(job, 1)
+        pid = rank_pid(job, rank)
         # torch's libraries are mapped once the rank has begun to load.
         loading = pid is not None and "libtorch_cpu" in Path(f"/proc/{pid}/maps").read_text()
         if pid is not None and loading and (stage == "load" or job.stdout_so_far()):
@@ -44,23 +44,27 @@ def until(job: Launch, stage: str) -> int:
 
 
 @pytest.mark.parametrize(
-    ("stage", "signum"),
+    ("stage", "signum", "rank"),
     [
-        ("load", signal.SIGKILL),
-        ("decode", signal.SIGKILL),
-        ("decode", signal.SIGSTOP),
-        pytest.param("load", signal.SIGSTOP, marks=pytest.mark.full),
+        ("load", signal.SIGKILL, 1),
+        ("decode", signal.SIGKILL, 0),
+        ("decode", signal.SIGSTOP, 1),
+        pytest.param("load", signal.SIGKILL, 0, marks=pytest.mark.full),
+        pytest.param("decode", signal.SIGKILL, 1, marks=pytest.mark.full),
+        pytest.param("load", signal.SIGSTOP, 1, marks=pytest.mark.full),
     ],
 )
-def test_a_rank_is_lost(stage: str, signum: signal.Signals, tmp_path: Path, smollm2_gguf: Path) -> None:
+def test_a_rank_is_lost(
+    stage: str, signum: signal.Signals, rank: int, tmp_path: Path, smollm2_gguf: Path
+) -> None:
     job = Launch(WORDS, tmp_path)
-    pid = until(job, stage)
+    pid = until(job, stage, rank)
     os.kill(pid, signum)
     outcome = job.wait(LIMIT_S)
     assert outcome.code != 0
     assert "Traceback" not in outcome.stderr
     errors = [line for line in outcome.sentences if line.startswith("error: ")]
-    assert errors and errors[0].startswith("error: rank 1 of 2 on "), outcome.stderr
+    assert errors and errors[0].startswith(f"error: rank {rank} of 2 on "), outcome.stderr
     assert signum.name in errors[0] or signum == signal.SIGSTOP, errors[0]
     assert job.leftovers([{"pid": pid, "job": "tp-none"}]) == []
 

@@ -7,6 +7,7 @@ multiplied by tiles, and sum in another order. Logits lie within -10 .. 30.
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,18 @@ LARGEST, MEAN = 0.6, 0.08  # of a difference of logits; measured 0.17 and 0.034
 CACHE_LARGEST, CACHE_MEAN = 1.5, 0.2  # of an int8 cache against a bf16 one; measured 0.93 and 0.11
 NEAR_TIE = 0.5  # of the log-probabilities of two tokens that swap places
 FORMATS = ("int8", "int8-g32", "int4-g32", "int4-g64", "int4-g128")
-SELECTED = {("int8", 2), ("int4-g32", 3), ("int4-g128", 2), ("int4-g64", 4), ("int8-g32", 1)}
+PATHS: dict[str, dict[str, Any]] = {
+    "eager": {"compile": False},
+    "compiled": {"native_step": False},
+    "native": {},
+}
+SELECTED = {
+    ("int8", 2, "native"), ("int4-g32", 3, "native"), ("int4-g128", 2, "compiled"), ("int4-g64", 4, "eager"),
+    ("int8-g32", 1, "native"), ("int8", 1, "compiled"),
+}  # fmt: skip
 CASES = [
-    pytest.param(form, world, marks=[] if (form, world) in SELECTED else [pytest.mark.full])
-    for form in FORMATS
-    for world in (1, 2, 3, 4)
+    pytest.param(*case, marks=[] if case in SELECTED else [pytest.mark.full])
+    for case in product(FORMATS, (1, 2, 3, 4), PATHS)
 ]
 
 
@@ -58,13 +66,13 @@ def reference_logits(smollm2_gguf: Path, smollm2_reference: Any) -> Any:
     return get
 
 
-@pytest.mark.parametrize(("form", "world"), CASES)
+@pytest.mark.parametrize(("form", "world", "how"), CASES)
 def test_logits(
-    form: str, world: int, smollm2_gguf: Path, smollm2_reference: Any, reference_logits: Any
+    form: str, world: int, how: str, smollm2_gguf: Path, smollm2_reference: Any, reference_logits: Any
 ) -> None:
     import numpy as np
 
-    settings = {"dtype": "bf16", "quant": form, "compile": False}
+    settings = {"dtype": "bf16", "quant": form, **PATHS[how]}
     prompts = smollm2_reference.prompts[:3]
     found = run_ranks(world, logits_body, str(smollm2_gguf), prompts, settings, timeout=300)[0]
     differences = np.concatenate(

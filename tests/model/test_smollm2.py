@@ -6,6 +6,7 @@ prompts of different lengths. 576 hidden values and 49152 tokens divide unevenly
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,17 @@ import pytest
 from tp_testing.ranks import run_ranks
 
 BATCHES = {1: [[i] for i in range(8)], 3: [[0, 1, 2], [3, 4, 5], [6, 7, 0]]}
-MATRIX = [
-    (world, compiled, batch) for world in (1, 2, 3, 4) for compiled in (False, True) for batch in (1, 3)
-]
-SELECTED = {(1, False, 3), (2, True, 1), (3, False, 1), (4, True, 3)}
+PATHS: dict[str, dict[str, Any]] = {
+    "eager": {"compile": False},
+    "compiled": {"native_step": False},
+    "native": {},
+}
+MATRIX = list(product((1, 2, 3, 4), PATHS, (1, 3)))
+# Every world on every path but (4, compiled), every path in both batches.
+SELECTED = {
+    (1, "eager", 3), (1, "native", 1), (2, "compiled", 1), (2, "native", 3),
+    (3, "eager", 1), (3, "compiled", 3), (4, "native", 1), (4, "eager", 3),
+}  # fmt: skip
 
 
 def body(
@@ -36,11 +44,9 @@ def cases() -> list[Any]:
     return [pytest.param(*case, marks=[] if case in SELECTED else [pytest.mark.full]) for case in MATRIX]
 
 
-@pytest.mark.parametrize(("world", "compiled", "batch"), cases())
-def test_greedy_tokens(
-    world: int, compiled: bool, batch: int, smollm2_gguf: Path, smollm2_reference: Any
-) -> None:
-    settings = {"dtype": "fp32", "compile": compiled, "native_step": compiled and batch == 1}
+@pytest.mark.parametrize(("world", "how", "batch"), cases())
+def test_greedy_tokens(world: int, how: str, batch: int, smollm2_gguf: Path, smollm2_reference: Any) -> None:
+    settings = {"dtype": "fp32", **PATHS[how]}
     prompts, batches = smollm2_reference.prompts, BATCHES[batch]
     for answers in run_ranks(world, body, str(smollm2_gguf), prompts, batches, settings, timeout=900):
         for numbers, found in zip(batches, answers, strict=True):
