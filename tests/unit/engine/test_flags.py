@@ -58,7 +58,7 @@ def test_a_file_and_flags_that_win(tmp_path: Path) -> None:
     [
         ('quantt = "int8"', "unknown settings: quantt"),
         ("quant = ", "is not TOML"),
-        ('context = "x"', "wrong type"),
+        ('context = "x"', "is not a whole number"),
     ],
 )
 def test_a_bad_file(content: str, says: str, tmp_path: Path) -> None:
