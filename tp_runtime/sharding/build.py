@@ -117,7 +117,7 @@ def _weight(
     name, shape = source.name, source.shape
     if name in once:
         return WeightPlan(name, shape, "once", reason="added by rank 0 alone, before the sum")
-    if name.rpartition(".")[0] in vocabularies:
+    if name.rpartition(".")[0] in vocabularies and len(shape) == 2:
         parts = split_range(shape[0], [0] * analysis.world, 1, VOCAB_UNITS)
         if cut is not None:  # tied to a head, which divides it
             parts = parts_of(cut[1], analysis.world)
@@ -182,13 +182,14 @@ def _integers(analysis: Analysis) -> tuple[tuple[Integer, ...], list[str]]:
     trace, owners = analysis.trace, analysis.owners
     per_rank: list[dict[Attribute, int]] = []
     problems: list[str] = []
-    cache: dict[tuple[int, int, int], int] = {}
+    cache: dict[tuple[object, ...], int] = {}
     for rank in range(analysis.world):
 
         def locate(labels: Tensor, dim: int, rank: int = rank) -> int:
-            key = (id(labels), dim % max(labels.dim(), 1), rank)
+            dim %= max(labels.dim(), 1)
+            key = (labels.data_ptr(), tuple(labels.shape), labels.stride(), dim, rank)
             if key not in cache:
-                cache[key] = owners.local(labels, key[1], rank)
+                cache[key] = owners.local(labels, dim, rank)
             return cache[key]
 
         values, bad = solve(trace.equations, trace.whole_integers, locate)

@@ -10,11 +10,12 @@ Owners are bit masks of ranks: one bit for a unit, several for a copied part.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 from torch import Tensor
 
-from .trace.labels import SHARED, Labels, Meet, Source, Tie, unique_pairs
+from .trace.labels import COPIED, SHARED, Labels, Meet, Source, Tie, unique_pairs
 
 
 def components(count: int, a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -60,29 +61,86 @@ class Graph:
     def __init__(self, labels: Labels) -> None:
         self.labels = labels
         self.bases = np.array([s.base for s in labels.sources], dtype=np.int64)
-        ties = [t.pairs for t in labels.ties]
+        self._tied = np.array([bool(s.tied) for s in labels.sources], dtype=bool)
         labels.meets += _meets_of_copies(labels)
-        meets = [m.pairs for m in labels.meets]
-        hard = [self.canonical(p.reshape(-1)) for p in ties]
-        hard += [self.canonical(c) for c in labels.columns] + [self.canonical(m[:, 0]) for m in meets]
-        hard += [self.canonical(f[0]) for f in labels.failures]
-        self.nodes = np.unique(np.concatenate(hard)) if hard else np.zeros(0, np.int64)
-        self.tie_nodes = [self.places(p) for p in ties]
-        self.component = self._join([True] * len(ties))
+        said = [t.pairs.reshape(-1) for t in labels.ties] + labels.columns
+        said += [m.pairs[:, 0] for m in labels.meets] + [f[0] for f in labels.failures]
+        ids = np.concatenate(said) if said else np.zeros(0, np.int64)
+        self.nodes, where = np.unique(self.canonical(ids), return_inverse=True)
+        parts = np.split(where.reshape(-1), np.cumsum([len(part) for part in said])[:-1]) if said else []
+        ends = np.cumsum([len(labels.ties), len(labels.columns), len(labels.meets)]).tolist()
+        self.tie_nodes = [part.reshape(-1, 2) for part in parts[: ends[0]]]
+        self.column_nodes = parts[ends[0] : ends[1]]
+        self.meet_nodes = parts[ends[1] : ends[2]]
+        self.failure_nodes = parts[ends[2] :]
+        self.component = self._join([True] * len(labels.ties))
 
     def canonical(self, ids: np.ndarray) -> np.ndarray:
         """Ids with the representatives of their tied dims."""
         ids = ids & ~SHARED
-        if not len(ids):
+        if not len(ids) or not self._tied.any():
+            return ids
+        which = self.source_places(ids)
+        tied = np.flatnonzero(self._tied[which])
+        if not len(tied):
             return ids
         out = ids.copy()
-        which = np.searchsorted(self.bases, ids, side="right") - 1
-        for place in np.unique(which):
-            source = self.labels.sources[place]
-            if source.tied:
-                mask = which == place
-                out[mask] = source.canonical(ids[mask])
+        tied = tied[np.argsort(which[tied], kind="stable")]
+        starts = np.flatnonzero(np.diff(which[tied])) + 1
+        for same in np.split(tied, starts):
+            out[same] = self.labels.sources[which[same[0]]].canonical(ids[same])
         return out
+
+    @cached_property
+    def apart(self) -> np.ndarray:
+        """Components of what no operation on two operands joined."""
+        return self.without({"join"})
+
+    @cached_property
+    def met_components(self) -> np.ndarray:
+        """[n, 2]: the components of what is hard and of the soft part that it meets, each pair once."""
+        if not self.labels.meets:
+            return np.zeros((0, 2), np.int64)
+        soft = _soft_places(self, np.concatenate([m.pairs[:, 1] for m in self.labels.meets]))
+        hard = np.concatenate(self.meet_nodes)
+        return unique_pairs(self.component[hard], self.component[soft])[0]
+
+    @cached_property
+    def copied(self) -> set[int]:
+        """Components that were decided to be copied to the ranks that need them."""
+        found: set[int] = set()
+        for source in self.labels.sources:
+            if source.decided is None or not (source.decided[1] == COPIED).any():
+                continue
+            low, high = np.searchsorted(self.nodes, [source.base, source.base + source.numel])
+            dim, marks = source.decided
+            marked = marks[source.index(self.nodes[low:high], dim)] == COPIED
+            found.update(np.unique(self.component[low:high][marked]).tolist())
+        return found
+
+    @cached_property
+    def failure_reasons(self) -> dict[int, str]:
+        """Components that cannot be followed, and why."""
+        found: dict[int, str] = {}
+        for (_, reason, module), nodes in zip(self.labels.failures, self.failure_nodes, strict=True):
+            for component in np.unique(self.component[nodes]).tolist():
+                found.setdefault(component, f"{reason} ({module or 'the model'})")
+        return found
+
+    def ties_of(self, nodes: np.ndarray) -> list[Tie]:
+        """The ties whose first elements are among some nodes."""
+        inside = np.zeros(len(self.nodes), dtype=bool)
+        inside[nodes] = True
+        first, place = self._first_nodes
+        return [self.labels.ties[p] for p in np.unique(place[inside[first]]).tolist()]
+
+    @cached_property
+    def _first_nodes(self) -> tuple[np.ndarray, np.ndarray]:
+        """(the first node of each tied pair, the place of its tie)."""
+        if not self.tie_nodes:
+            return np.zeros(0, np.int64), np.zeros(0, np.int64)
+        counts = [len(pairs) for pairs in self.tie_nodes]
+        return np.concatenate([p[:, 0] for p in self.tie_nodes]), np.repeat(np.arange(len(counts)), counts)
 
     def places(self, ids: np.ndarray) -> np.ndarray:
         """Node numbers of ids."""
@@ -132,13 +190,15 @@ def _meets_of_copies(labels: Labels) -> list[Meet]:
     component = components(len(nodes), edges[:, 0], edges[:, 1])
     of_copy = component[np.searchsorted(nodes, copies[:, 0])]
     of_met = component[np.searchsorted(nodes, met[:, 1])]
-    found = []
-    for part in np.unique(copies[:, 1]):
-        partners = np.unique(met[np.isin(of_met, of_copy[copies[:, 1] == part]), 0])
-        if len(partners):
-            found.append(Meet(np.stack([partners, np.full_like(partners, part)], 1)))
+    parts = unique_pairs(of_copy, copies[:, 1])[0]
+    partners = unique_pairs(of_met, met[:, 0])[0]  # sorted by component
+    first = np.searchsorted(partners[:, 0], parts[:, 0], side="left")
+    count = np.searchsorted(partners[:, 0], parts[:, 0], side="right") - first
+    place = np.arange(count.sum()) + np.repeat(first - (np.cumsum(count) - count), count)
     labels.copies = []
-    return found
+    if not len(place):
+        return []
+    return [Meet(unique_pairs(partners[place, 1], np.repeat(parts[:, 1], count))[0])]
 
 
 def find_families(graph: Graph, order: dict[str, int]) -> list[Family]:
@@ -146,12 +206,12 @@ def find_families(graph: Graph, order: dict[str, int]) -> list[Family]:
     if not len(graph.nodes):
         return []
     component = graph.component
-    columns = [component[graph.places(c)] for c in graph.labels.columns]
+    columns = [component[c] for c in graph.column_nodes]
     edges = [np.stack([c[:-1], c[1:]], 1) for c in columns if len(c) > 1]
-    pairs = np.unique(np.concatenate(edges), axis=0) if edges else np.zeros((0, 2), np.int64)
+    both = np.concatenate(edges) if edges else np.zeros((0, 2), np.int64)
+    pairs = unique_pairs(both[:, 0], both[:, 1])[0]
     family = components(len(graph.nodes), pairs[:, 0], pairs[:, 1])[component]
-    copied = copied_components(graph)
-    reasons = failure_reasons(graph)
+    needs = _needs(graph)
     made_hard = set(np.unique(np.concatenate(columns)).tolist()) if columns else set()
     source = graph.source_places(graph.nodes)
     weights = {i for i, s in enumerate(graph.labels.sources) if s.kind in ("weight", "buffer")}
@@ -168,10 +228,10 @@ def find_families(graph: Graph, order: dict[str, int]) -> list[Family]:
             continue
         kinds: dict[tuple[int, ...], list[int]] = {}
         for unit in units.tolist():
-            if unit not in copied:
+            if unit not in graph.copied:
                 kinds.setdefault(tuple(parts.get(unit, ())), []).append(unit)
         for kind, same in kinds.items():
-            found.append(_family(graph, np.array(same), kind, order, copied, reasons))
+            found.append(_family(graph, np.array(same), kind, order, needs))
     return sorted(found, key=lambda f: f.order)
 
 
@@ -180,63 +240,37 @@ def _family(
     units: np.ndarray,
     kind: tuple[int, ...],
     order: dict[str, int],
-    copied: set[int],
-    reasons: dict[int, str],
+    needs: dict[int, frozenset[int]],
 ) -> Family:
-    """The family of units that are parts of the same weights (`kind`)."""
+    """The family of units that are parts of the same weights (`kind`). needs: as of `_needs`."""
     sources = [graph.labels.sources[s] for s in kind]
     names = [s.name for s in sources]
     place = min((order[n] for n in names if n in order), default=len(order))
     elements = sum(s.numel for s in sources if s.kind == "weight" and len(s.shape) > 1)
     made = Family(units, np.arange(len(units)), names, place, elements)
-    if copied:
-        made.group = _groups(graph, units, copied)
+    if needs:
+        made.group = _groups(units, needs)
+    reasons = graph.failure_reasons
     bad = {int(u): reasons[int(u)] for u in units if int(u) in reasons}
     if bad:
         made.failed, made.failed_units = next(iter(bad.values())), set(bad)
     return made
 
 
-def failure_reasons(graph: Graph) -> dict[int, str]:
-    """Components that cannot be followed, and why."""
-    found: dict[int, str] = {}
-    for ids, reason, module in graph.labels.failures:
-        for component in np.unique(graph.component[graph.places(ids)]):
-            found.setdefault(int(component), f"{reason} ({module or 'the model'})")
-    return found
+def _needs(graph: Graph) -> dict[int, frozenset[int]]:
+    """The copied components that a component meets."""
+    found: dict[int, set[int]] = {}
+    for unit, part in graph.met_components.tolist() if graph.copied else []:
+        if part in graph.copied:
+            found.setdefault(unit, set()).add(part)
+    return {unit: frozenset(parts) for unit, parts in found.items()}
 
 
-def copied_components(graph: Graph) -> set[int]:
-    """Components that were decided to be copied to the ranks that need them."""
-    found: set[int] = set()
-    for source in graph.labels.sources:
-        if source.decided is None or not (source.decided[1] == 2).any():
-            continue
-        low, high = np.searchsorted(graph.nodes, [source.base, source.base + source.numel])
-        ids = graph.nodes[low:high]
-        dim, marks = source.decided
-        found.update(np.unique(graph.component[low:high][marks[source.index(ids, dim)] == 2]).tolist())
-    return found
-
-
-def _groups(graph: Graph, units: np.ndarray, copied: set[int]) -> np.ndarray:
+def _groups(units: np.ndarray, needs: dict[int, frozenset[int]]) -> np.ndarray:
     """For each unit a number that is equal for units which need the same copied components."""
-    needs: dict[int, set[int]] = {int(u): set() for u in units}
-    for meet in graph.labels.meets:
-        pairs = np.unique(
-            graph.component[
-                np.stack([graph.places(meet.pairs[:, 0]), _soft_places(graph, meet.pairs[:, 1])], 1)
-            ],
-            axis=0,
-        )
-        for unit, part in pairs.tolist():
-            if unit in needs and part in copied:
-                needs[unit].add(part)
-    keys = {frozenset(v) if v else frozenset([-1 - u]): None for u, v in needs.items()}
-    number = {key: place for place, key in enumerate(keys)}
-    return np.array(
-        [number[frozenset(needs[int(u)]) if needs[int(u)] else frozenset([-1 - int(u)])] for u in units]
-    )
+    number: dict[frozenset[int], int] = {}
+    keys = [needs.get(u, frozenset([-1 - u])) for u in units.tolist()]
+    return np.array([number.setdefault(key, len(number)) for key in keys])
 
 
 def _soft_places(graph: Graph, ids: np.ndarray) -> np.ndarray:
@@ -280,25 +314,22 @@ class Owners:
             for unit, rank in rank_of.items():
                 table[unit] = 1 << rank
             self.mask[:count] = table[graph.component]
-        self.soft: set[int] = set()
-        self._soft_ids = self._soft_values = np.zeros(0, np.int64)
+            self._of_component = table
+        self.soft = self._soft_values = np.zeros(0, np.int64)
         self._copied_masks()
         self._soft_masks()
 
     def _copied_masks(self) -> None:
-        copied = copied_components(self.graph)
-        if not copied:
+        """Copied parts lie on the ranks of all that meet them."""
+        if not self.graph.copied:
             return
-        need: dict[int, int] = {}
-        for meet in self.graph.labels.meets:
-            hard = self.mask[self.graph.places(meet.pairs[:, 0])]
-            soft = self.graph.component[_soft_places(self.graph, meet.pairs[:, 1])]
-            for part in copied:
-                owners = hard[(soft == part) & (hard >= 0)]
-                if len(owners):
-                    need[part] = need.get(part, 0) | int(np.bitwise_or.reduce(owners))
-        for part, owners in need.items():
-            self.mask[:-1][self.graph.component == part] = owners
+        hard, soft = self.graph.met_components.T
+        owners = self._of_component[hard]
+        wanted = np.isin(soft, list(self.graph.copied)) & (owners >= 0)
+        need = np.zeros(len(self.graph.nodes), dtype=np.int64)
+        np.bitwise_or.at(need, soft[wanted], owners[wanted])
+        found = need[self.graph.component]
+        self.mask[:-1] = np.where(found > 0, found, self.mask[:-1])
 
     def _soft_masks(self) -> None:
         """Soft ids live with the hard ones they meet, if those live in one place; others follow them."""
@@ -314,7 +345,8 @@ class Owners:
         ties = np.searchsorted(nodes, ties)
         component = components(len(nodes), ties[:, 0], ties[:, 1])
         place = component[np.searchsorted(nodes, joined[:, 1])]
-        follow = np.unique(component[np.searchsorted(nodes, follow)], axis=0)
+        follow = component[np.searchsorted(nodes, follow)]
+        follow = unique_pairs(follow[:, 0], follow[:, 1])[0]
         follow = follow[follow[:, 0] != follow[:, 1]]
         none = np.iinfo(np.int64).max
         agreed = np.full(len(nodes), -1)
@@ -330,8 +362,7 @@ class Owners:
                 break
             agreed = now
         found = agreed[component]
-        self._soft_ids, self._soft_values = nodes[found >= 0], found[found >= 0]
-        self.soft = set(self._soft_ids.tolist())
+        self.soft, self._soft_values = nodes[found >= 0], found[found >= 0]
 
     def of(self, ids: np.ndarray) -> np.ndarray:
         """The masks of ids (any shape); -1 for what is whole."""
@@ -341,11 +372,11 @@ class Owners:
             place = np.minimum(np.searchsorted(self.graph.nodes, flat), len(self.graph.nodes) - 1)
             hit = self.graph.nodes[place] == flat
             out[hit] = self.mask[place[hit]]
-        if self.soft:
+        if len(self.soft):
             rest = out < 0
             raw = np.abs(ids).reshape(-1)[rest] & ~SHARED
-            place = np.minimum(np.searchsorted(self._soft_ids, raw), len(self._soft_ids) - 1)
-            hit = self._soft_ids[place] == raw
+            place = np.minimum(np.searchsorted(self.soft, raw), len(self.soft) - 1)
+            hit = self.soft[place] == raw
             out[rest] = np.where(hit, self._soft_values[place], -1)
         return out.reshape(ids.shape)
 
@@ -377,9 +408,9 @@ def cut_of(source: Source, owners: Owners) -> tuple[int, np.ndarray] | str | Non
     hard = graph.nodes[low:high]
     ids = hard[owners.mask[low:high] >= 0]
     undecided = len(ids) < len(hard)
-    if owners.soft:
-        first, last = np.searchsorted(owners._soft_ids, [source.base, source.base + source.numel])
-        ids = np.union1d(ids, owners._soft_ids[first:last])
+    if len(owners.soft):
+        first, last = np.searchsorted(owners.soft, [source.base, source.base + source.numel])
+        ids = np.union1d(ids, owners.soft[first:last])
     if not len(ids):
         return None
     masks = owners.of(ids)

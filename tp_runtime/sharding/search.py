@@ -12,7 +12,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
-from torch import nn
 
 from .build import Analysis
 from .families import (
@@ -20,9 +19,7 @@ from .families import (
     Graph,
     Owners,
     components,
-    copied_components,
     cut_of,
-    failure_reasons,
     find_families,
     ranks_of_groups,
 )
@@ -30,17 +27,16 @@ from .inputs import Example
 from .norms import recognise
 from .shares import assign
 from .surrogate import Surrogate, make_surrogate
-from .trace.labels import COPIED, NORMAL, REPLICATED, SHARED, Misfit, Source
+from .trace.labels import COPIED, NORMAL, REPLICATED, SHARED, Misfit, Source, unique_pairs
 from .trace.mode import Decisions, Trace
 
 MAX_TRACES = 60
-LARGE_MODEL = 1 << 25  # parameters beyond which one layer of each structure is proved, and no more
-PROVED_LIMIT = 1 << 28  # parameters of those layers beyond which their plan is traced and not run
 
 
 @dataclass
 class Search:
-    """One search. tried_copies: families (by their first source) for which copying parts did not help."""
+    """One search. tried_copies: families (by their first source) for which copying parts did not help. norms:
+    whether the module at a path was recognised as one."""
 
     surrogate: Surrogate
     example: Example
@@ -49,6 +45,7 @@ class Search:
     decisions: Decisions = field(default_factory=Decisions)
     tried_copies: set[str] = field(default_factory=set)
     copied_for: dict[str, set[str]] = field(default_factory=dict)
+    norms: dict[str, bool] = field(default_factory=dict)
     traces: int = 0
 
     def trace(self) -> Trace:
@@ -56,8 +53,7 @@ class Search:
         self.traces += 1
         model = make_surrogate(self.surrogate.model, shorten=False).model
         trace = Trace(model, self.decisions)
-        for path, args, kwargs in self.example.calls:
-            trace.run(model.get_submodule(path), path, args, kwargs)
+        trace.run(self.example.calls)
         return trace
 
     def settle(self) -> Analysis:
@@ -107,8 +103,8 @@ class Search:
     def _drop_failed_copies(self, graph: Graph) -> bool:
         """Weights of which copied parts cannot be followed are whole instead."""
         dropped = False
-        reasons = failure_reasons(graph)
-        for component in copied_components(graph) & reasons.keys():
+        reasons = graph.failure_reasons
+        for component in graph.copied & reasons.keys():
             ids = graph.nodes[graph.component == component]
             for place in np.unique(graph.source_places(ids)):
                 name = graph.labels.sources[place].name
@@ -172,12 +168,12 @@ class Search:
         """Of the weights in `names`, those that fail even where nothing joins them to other operands: they go
         into what failed, or have fewer units than ranks.
         """
-        apart = graph.without({"join"})
+        apart = graph.apart
         failed: set[int] = set()
         direct: set[str] = set()
-        for ids, _, _ in graph.labels.failures:
+        for (ids, _, _), nodes in zip(graph.labels.failures, graph.failure_nodes, strict=True):
             direct.update(graph.labels.sources[p].name for p in np.unique(graph.source_places(ids)))
-            failed.update(np.unique(apart[graph.places(ids)]).tolist())
+            failed.update(apart[nodes].tolist())
         if family.failed_units and direct & names:
             self._direct = direct & names
             return direct & names
@@ -220,12 +216,13 @@ class Search:
 
     def _copy_parts(self, graph: Graph, family: Family) -> bool:
         """Mark, as copied to all ranks that need it, the cheapest part whose removal leaves more units."""
-        apart = graph.without({"join"})
+        apart = graph.apart
         nodes = np.flatnonzero(np.isin(graph.component, family.units))
         edges = [p for p, t in zip(graph.tie_nodes, graph.labels.ties, strict=True) if t.kind == "join"]
         if not edges or not len(nodes):
             return False
-        pairs = np.unique(apart[np.concatenate(edges)], axis=0)
+        pairs = apart[np.concatenate(edges)]
+        pairs = unique_pairs(pairs[:, 0], pairs[:, 1])[0]
         pairs = pairs[np.isin(pairs[:, 0], apart[nodes]) & (pairs[:, 0] != pairs[:, 1])]
         if not len(pairs):
             return False
@@ -248,19 +245,15 @@ class Search:
         joined, a norm stands between two weights, and the first of them is better whole (a latent space).
         """
         members = np.flatnonzero(np.isin(graph.component, family.units))
-        found = [
-            tie
-            for tie, pairs in zip(graph.labels.ties, graph.tie_nodes, strict=True)
-            if tie.kind != "weight" and np.isin(pairs[:, 0], members).any()
-        ]
+        found = [tie for tie in graph.ties_of(members) if tie.kind != "weight"]
         norms = [
             path
             for path in sorted({tie.module for tie in found if tie.kind == "along"} - self.decisions.norms)
-            if path and self._norm_of(self.surrogate.model.get_submodule(path), path)
+            if path and self._is_norm(path)
         ]
         if not any(tie.kind == "join" and tie.module not in norms for tie in found):
             return False
-        parts = len(np.unique(graph.without({"join"})[members]))
+        parts = len(np.unique(graph.apart[members]))
         changed = False
         for path in norms:
             apart = graph.without({"along"}, {path}, always={"join"})
@@ -271,9 +264,12 @@ class Search:
                 changed = True
         return changed
 
-    def _norm_of(self, module: nn.Module, path: str) -> bool:
-        sizes = {p.shape[0] for p in module.parameters() if p.dim() == 1}
-        return len(sizes) == 1 and recognise(module, path, sizes.pop()) is not None
+    def _is_norm(self, path: str) -> bool:
+        if path not in self.norms:
+            module = self.surrogate.model.get_submodule(path)
+            sizes = {p.shape[0] for p in module.parameters() if p.dim() == 1}
+            self.norms[path] = len(sizes) == 1 and recognise(module, path, sizes.pop()) is not None
+        return self.norms[path]
 
     def _undo_copies(self, key: str) -> None:
         for name in self.copied_for.pop(key):
@@ -330,11 +326,11 @@ class Search:
 
     def _check_pins(self, analysis: Analysis) -> None:
         pins = analysis.trace.labels.pins
-        if not pins or not analysis.owners.soft:
+        if not pins or not len(analysis.owners.soft):
             return
         pinned = np.unique(np.concatenate(pins))
         activation = pinned[pinned >= analysis.trace.first_activation_id]
-        cut = np.array([i for i in activation.tolist() if i in analysis.owners.soft], dtype=np.int64)
+        cut = activation[np.isin(activation, analysis.owners.soft)]
         if not len(cut):
             return
         pairs = np.concatenate([m.pairs for m in analysis.trace.labels.meets])
@@ -382,7 +378,8 @@ def _best_part(
     """
     own = apart[nodes]
     members = np.unique(own)
-    both = np.unique(np.concatenate([pairs, pairs[:, ::-1]]), axis=0)
+    both = np.concatenate([pairs, pairs[:, ::-1]])
+    both = unique_pairs(both[:, 0], both[:, 1])[0]
     degree = {int(c): 0 for c in members}
     for component in both[:, 0].tolist():
         if component in degree:

@@ -27,7 +27,7 @@ class Pair(nn.Module):
 
 def trace(model: nn.Module, *args: Tensor) -> Trace:
     made = Trace(model, Decisions())
-    made.run(model, "", args, {})
+    made.run([("", args, {})])
     return made
 
 

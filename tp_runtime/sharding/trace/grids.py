@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 SHARED = 1 << 60  # flag of a label whose part is copied to several ranks
+KEY_LIMIT = 1 << 62  # pairs below it are told apart by one number
 
 
 def preferred(labels: Tensor) -> Tensor:
@@ -58,11 +59,19 @@ def pair_up(a: Tensor, b: Tensor, same: bool = False) -> np.ndarray:
     first, second = a[keep].numpy(), b[keep].numpy()
     if len(first) <= 64:
         return np.stack([first, second], 1)
+    base = int(second.max()) + 1
+    if int(first.max()) < KEY_LIMIT // base:
+        keys = np.unique(first * base + second)
+        return np.stack([keys // base, keys % base], 1)
     return unique_pairs(first, second)[0]
 
 
 def unique_pairs(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """([n, 2] distinct pairs (a[i], b[i]), which of them each i is)."""
+    base = int(b.max()) + 1 if len(b) else 1
+    if len(a) and int(a.min()) >= 0 and int(b.min()) >= 0 and int(a.max()) < KEY_LIMIT // base:
+        keys, inverse = np.unique(a * base + b, return_inverse=True)
+        return np.stack([keys // base, keys % base], 1), inverse.reshape(-1)
     low, place_a = np.unique(a, return_inverse=True)
     high, place_b = np.unique(b, return_inverse=True)
     keys, inverse = np.unique(place_a * len(high) + place_b, return_inverse=True)

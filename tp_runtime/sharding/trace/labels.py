@@ -18,6 +18,8 @@ stands for them (`Source.tied`).
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
+from math import prod
 
 import numpy as np
 import torch
@@ -53,13 +55,13 @@ class Source:
     tied: set[int] = field(default_factory=set)
     decided: tuple[int, np.ndarray] | None = None
 
-    @property
+    @cached_property
     def numel(self) -> int:
-        return int(np.prod(self.shape, dtype=np.int64))
+        return prod(self.shape)
 
-    @property
+    @cached_property
     def strides(self) -> tuple[int, ...]:
-        return tuple(int(np.prod(self.shape[d + 1 :], dtype=np.int64)) for d in range(len(self.shape)))
+        return tuple(prod(self.shape[d + 1 :]) for d in range(len(self.shape)))
 
     def index(self, ids: np.ndarray, dim: int) -> np.ndarray:
         """The index along `dim` of each id."""
@@ -95,7 +97,7 @@ class WeightView:
 
     @property
     def numel(self) -> int:
-        return int(np.prod(self.sizes, dtype=np.int64))
+        return prod(self.sizes)
 
     def narrow(self, dim: int, start: int, length: int) -> WeightView:
         """The view's indices [start, start + length) of dim."""
@@ -326,19 +328,20 @@ class Labels:
         if not present:
             return None
         is_hard = {id(a): bool((b > 0).any()) for a, b in zip(known, present, strict=True)}
-        small = torch.broadcast_shapes(*(labels.shape for labels in present))
+        small = tuple(max(sizes) for sizes in zip(*(labels.shape for labels in present), strict=True))
         hard = [b.clamp_min(0) for a, b in zip(known, present, strict=True) if is_hard[id(a)]]
         if hard:
             out = hard[0].expand(small)
             for grid in hard[1:]:
                 out = self._join(out, grid.expand(small), module, op)
             for grid in present:
-                self.meet(out, grid.clamp_max(0))
+                if bool((grid < 0).any()):
+                    self.meet(out, grid.clamp_max(0))
         else:
             out = self._combine_soft(present, small)
         out = out.expand(shape)
         for labels, own in zip(operands, shapes, strict=True):
-            if int(np.prod(own)) > 1 and (labels is None or not is_hard[id(labels)]):
+            if prod(own) > 1 and (labels is None or not is_hard[id(labels)]):
                 self.misfits.append(Misfit(out, labels, own, module, op))
         return out
 
@@ -405,7 +408,7 @@ class Labels:
     def _combine_soft(self, present: list[Tensor], shape: tuple[int, ...]) -> Tensor:
         """Soft labels of an element-wise result: operands of its full extent go together; a broadcast one (a
         norm's weight shared by heads) only follows them."""
-        extent = int(np.prod(shape))
+        extent = prod(shape)
         full = [-labels for labels in present if labels.numel() == extent]
         leading = full or [-labels for labels in present]
         out = torch.zeros(shape, dtype=torch.int64)

@@ -110,25 +110,27 @@ class Trace(TorchDispatchMode):
 
     # running
 
-    def run(self, module: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Trace one call of the model (path "") or of a module of it."""
-        if not self.whole_integers:
-            self.whole_integers = install(self.model)
+    def run(self, calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]]) -> None:
+        """Trace calls of the model (path "") or of modules of it: path, arguments, keyword arguments."""
+        self.whole_integers = install(self.model)
         hooks = []
         for name, child in self.model.named_modules():
             hooks.append(child.register_forward_pre_hook(Enter(self, name), with_kwargs=True))
             hooks.append(child.register_forward_hook(Leave(self, name)))
-        self.stack = []
         try:
-            with torch.no_grad(), self.integers, self:
-                out = module(*args, **kwargs)
+            for path, args, kwargs in calls:
+                self._call(path, args, kwargs)
         finally:
             for hook in hooks:
                 hook.remove()
-        for tensor in result_tensors(out):
-            self.labels.fail(self.labels.get(tensor[1]), "the result of the model depends on it", path)
-            self._demand(tensor[1])
-        return out
+
+    def _call(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.stack = []
+        with torch.no_grad(), self.integers, self:
+            out = self.model.get_submodule(path)(*args, **kwargs)
+        for _, tensor in result_tensors(out):
+            self.labels.fail(self.labels.get(tensor), "the result of the model depends on it", path)
+            self._demand(tensor)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -28,11 +28,17 @@ def tensors_in(value: Any) -> list[Tensor]:
     """All tensors in nested lists, tuples and dicts."""
     if isinstance(value, Tensor):
         return [value]
-    if isinstance(value, (list, tuple)):
-        return [t for item in value for t in tensors_in(item)]
     if isinstance(value, dict):
-        return [t for item in value.values() for t in tensors_in(item)]
-    return []
+        value = value.values()
+    elif not isinstance(value, (list, tuple)):
+        return []
+    found: list[Tensor] = []
+    for item in value:
+        if isinstance(item, Tensor):
+            found.append(item)
+        elif isinstance(item, (list, tuple, dict)):
+            found += tensors_in(item)
+    return found
 
 
 def apply_rule(trace: Trace, func: Any, op: str, inplace: bool, args: Any, kwargs: Any, out: Any) -> None:
@@ -260,14 +266,16 @@ def _spatial(trace: Trace, op: str, args: Any, outs: list[Tensor]) -> None:
         trace.labels.put(out, tied.expand(out.shape))
 
 
+def _reaches(own: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    """Whether a tensor of shape `own` broadcasts to `shape`."""
+    lead = len(shape) - len(own)
+    return lead >= 0 and all(n in (1, shape[lead + d]) for d, n in enumerate(own))
+
+
 def _elementwise(trace: Trace, op: str, inplace: bool, args: Any, kwargs: Any, outs: list[Tensor]) -> None:
     ins = tensors_in(args) + tensors_in(kwargs)
     shape = tuple(outs[0].shape)
-    try:
-        fits = all(torch.broadcast_shapes(t.shape, shape) == shape for t in ins)
-    except RuntimeError:
-        fits = False
-    if not fits:
+    if not all(_reaches(tuple(t.shape), shape) for t in ins):
         trace.fail_all(args, kwargs, f"{op} has no rule")
         return
     labels = trace.labels.combine(
