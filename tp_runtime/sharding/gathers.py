@@ -109,11 +109,13 @@ def _is_linear(module: nn.Module, shape: tuple[int, ...], embedded: set[int]) ->
 
 
 def _block_of(model: nn.Module):
-    """A function from a name to the outermost list's child that it is in, "" where it is in none."""
+    """A function from a name to the outermost list's child that it is in, "" where it is in none. A list of
+    single modules (heads) is no list of blocks.
+    """
     lists = [
         path
         for path, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) > 0
+        if isinstance(module, nn.ModuleList) and any(list(child.children()) for child in module)
     ]
     outermost = [p for p in lists if not any(p.startswith(o + ".") for o in lists)]
 
