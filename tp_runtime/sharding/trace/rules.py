@@ -72,6 +72,8 @@ def apply_rule(trace: Trace, func: Any, op: str, inplace: bool, args: Any, kwarg
         _batch_norm(trace, args, outs)
     elif op in SPATIAL:
         _spatial(trace, op, args, outs)
+    elif op == "glu":
+        _glu(trace, args, outs[0])
     elif op == "view_as_complex":
         labels = trace.labels.get(args[0])
         if labels is not None:
@@ -264,6 +266,17 @@ def _spatial(trace: Trace, op: str, args: Any, outs: list[Tensor]) -> None:
     tied = trace.labels.tie_along(labels, list(range(2, labels.dim())), trace.where, op)
     for out in outs:
         trace.labels.put(out, tied.expand(out.shape))
+
+
+def _glu(trace: Trace, args: Any, out: Tensor) -> None:
+    labels = trace.labels.get(args[0])
+    if labels is None:
+        return
+    halves = labels.chunk(2, args[1] if len(args) > 1 else -1)
+    shape = tuple(out.shape)
+    combined = trace.labels.combine(list(halves), [shape, shape], shape, trace.where, "glu")
+    if combined is not None:
+        trace.labels.put(out, combined)
 
 
 def _reaches(own: tuple[int, ...], shape: tuple[int, ...]) -> bool:
