@@ -7,6 +7,7 @@ collective, and the plan of the traced layers becomes that of all.
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from math import prod
 from typing import Any
@@ -26,8 +27,8 @@ from .surrogate import Surrogate, make_surrogate, named_shapes
 from .unreached import extra_calls, record_calls, siblings
 from .verify import Mismatch, simulate
 
-MAX_TRACES = 60
 LARGE_MODEL = 1 << 25  # parameters beyond which one layer of each structure is proved, and no more
+BUDGET_S = 15.0  # seconds of searching after which the last, optional cuts are not looked for
 PROVED_LIMIT = 1 << 28  # parameters of those layers beyond which their plan is traced and not run
 
 
@@ -89,6 +90,7 @@ def _search(
     verify: bool,
 ) -> ShardPlan | None:
     """A plan for model; None where none was proved."""
+    began = time.monotonic()
     called, arguments = record_calls(make_surrogate(surrogate.model).model, example)
     extra = extra_calls(make_surrogate(surrogate.model).model, called, arguments)
     if verify and sum(p.numel() for p in surrogate.model.parameters()) > PROVED_LIMIT:
@@ -100,8 +102,13 @@ def _search(
     plan, proved = _proved(search)
     if not proved:
         return None
-    if styles is None:
+    if styles is None and time.monotonic() - began < BUDGET_S:
         plan = _with_vocabulary(search, _with_gathers(search, plan))
+    elif styles is None:
+        log.get_logger().warning(
+            "finding a plan took over %d s; what only a gather could cut stays whole, as vocabularies do",
+            BUDGET_S,
+        )
     twins = siblings(surrogate.model, called)
     plan = expand_plan(plan, surrogate, model, twins)
     large = sum(p.numel() for p in model.parameters()) > LARGE_MODEL or any(
