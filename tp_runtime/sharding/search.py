@@ -166,7 +166,7 @@ class Search:
 
     def _suspects(self, graph: Graph, family: Family, names: set[str]) -> set[str]:
         """Of the weights in `names`, those that fail even where nothing joins them to other operands: they go
-        into what failed, or have fewer units than ranks.
+        into what failed, or fall into fewer parts than there are ranks within the family.
         """
         apart = graph.apart
         failed: set[int] = set()
@@ -181,7 +181,8 @@ class Search:
         for source in graph.labels.sources:
             if source.name in names:
                 low, high = np.searchsorted(graph.nodes, [source.base, source.base + source.numel])
-                own = set(np.unique(apart[low:high]).tolist())
+                inside = np.isin(graph.component[low:high], family.units)
+                own = set(np.unique(apart[low:high][inside]).tolist())
                 if own & failed if family.failed_units else len(own) < self.world:
                     found.add(source.name)
         return found
@@ -311,13 +312,14 @@ class Search:
                     self._first_whole(family, analysis.trace, cut)
 
     def _check_misfits(self, analysis: Analysis) -> None:
+        known = frozenset(self.decisions.births)
         for misfit in analysis.trace.labels.misfits:
             if _fits(misfit, analysis.owners):
                 continue
             if misfit.operand is not None and bool((misfit.operand > 0).any()):
                 self._undo_copies_of(analysis, misfit)
                 continue
-            if misfit.module not in self.decisions.births and misfit.module:
+            if misfit.module not in known and misfit.module:
                 self.decisions.births.add(misfit.module)
                 continue
             reason = f"{misfit.op} in {misfit.module or 'the model'} needs an operand that is whole"
@@ -344,16 +346,13 @@ def _fits(misfit: Misfit, owners: Owners) -> bool:
     if not (masks >= 0).any():
         return True
     lead = masks.ndim - len(misfit.shape)
-    if all(
-        size == 1 or (masks == np.take(masks, [0], axis=lead + place)).all()
-        for place, size in enumerate(misfit.shape)
-    ):
+    if not any(size > 1 and _cut_along(masks, lead + place) for place, size in enumerate(misfit.shape)):
         return True
     if misfit.operand is None:
         return False
     own = owners.of_labels(misfit.operand)
     if not bool((misfit.operand > 0).any()):
-        return bool((np.broadcast_to(own, masks.shape) == masks).all())
+        return bool(((np.broadcast_to(own, masks.shape) == masks) | (masks < 0)).all())
     labels = np.broadcast_to(misfit.operand.numpy(), masks.shape)
     own = np.broadcast_to(own, masks.shape)
     for rank in range(owners.world):
@@ -362,6 +361,13 @@ def _fits(misfit: Misfit, owners: Owners) -> bool:
         if set(np.unique(labels[held])) != set(np.unique(labels[used])):
             return False
     return True
+
+
+def _cut_along(masks: np.ndarray, dim: int) -> bool:
+    """Whether ranks hold different indices of a dim; what is whole (padding) lies on all of them."""
+    low = np.where(masks < 0, np.iinfo(np.int64).max, masks).min(axis=dim)
+    high = masks.max(axis=dim)
+    return bool(((low != high) & (high >= 0)).any())
 
 
 def _free_dim(source: Source) -> int | None:

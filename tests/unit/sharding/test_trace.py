@@ -48,6 +48,7 @@ BETWEEN = {
     "softmax of groups": (lambda m, h: h.view(2, 5, 3, 4).softmax(-1).flatten(2), [3]),
     "softmax of strided groups": (lambda m, h: h.view(2, 5, 4, 3).softmax(-2).flatten(2), [3]),
     "halves joined": (lambda m, h: torch.cat([h[..., :6] * h[..., 6:], h[..., 6:]], -1), [6]),
+    "a gated linear unit": (lambda m, h: torch.nn.functional.glu(h).repeat(1, 1, 2), [6]),
     "every second joined": (lambda m, h: torch.cat([h[..., ::2] + h[..., 1::2]] * 2, -1), [6]),
     "a cumulative sum over positions": (lambda m, h: h.cumsum(1), [12]),
     "written through a view": (lambda m, h: _doubled(h), [12]),

@@ -74,6 +74,52 @@ def test_every_way_of_writing_a_layer_divides(name: str) -> None:
     assert len(made.sums) + len(made.gathers) <= 2 * 2 + 4
 
 
+class Recurrent(nn.Module):
+    """Heads whose states start as zeros, in two places, over padded positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = 4
+        self.q, self.k, self.v = (nn.Linear(16, 16, bias=False) for _ in range(3))
+        self.out = nn.Linear(16, 16, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (
+            torch.nn.functional.pad(w(x).view(2, 5, self.heads, -1).transpose(1, 2), (0, 0, 0, 3))
+            for w in (self.q, self.k, self.v)
+        )
+        state = torch.zeros(2, self.heads, 4, 4)
+        decay = torch.zeros(2, self.heads, 4, 4) + 0.5
+        mask = torch.ones(8, 8).tril()
+        inner = (q @ k.mT * mask) @ v + q @ state
+        state = state * decay + k.mT @ v
+        return self.out((inner + q @ state)[:, :, :5].transpose(1, 2).flatten(2))
+
+
+def test_several_whole_operands_of_one_module_are_cut_together() -> None:
+    model = nn.Sequential(Recurrent())
+    made = plan(model, 2, example_inputs=(torch.randn(2, 5, 16),), cache=False)
+    assert [made[f"0.{name}.weight"].style for name in ("q", "k", "v", "out")] == ["column"] * 3 + ["row"]
+
+
+class Scaled(nn.Embedding):
+    """An embedding with a buffer of its own."""
+
+    def __init__(self) -> None:
+        super().__init__(64, 16)
+        self.register_buffer("scale", torch.tensor(2.0))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids) * self.scale
+
+
+def test_a_buffer_of_an_embedding_cut_by_tokens_stays_whole() -> None:
+    model = nn.Sequential(Scaled(), nn.Linear(16, 64))
+    made = plan(model, 2, example_inputs=(torch.randint(64, (2, 5)),), cache=False)
+    assert made["0.weight"].style == "vocab"
+    assert made["0.scale"].dim is None
+
+
 def test_a_plan_survives_its_json() -> None:
     made = planned("grouped", (9, 3), 2)
     assert plan_from_json(plan_to_json(made)) == made
