@@ -86,7 +86,10 @@ def _compiles(name: str) -> tuple[float, float]:
         return _error(compiled(_ids(), use_cache=False).logits, eager)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize(
+    "name",
+    ["llama", "gpt2", *(pytest.param(n, marks=pytest.mark.full) for n in ("qwen3", "mixtral", "gemma3"))],
+)
 def test_a_sharded_model_compiles_in_one_graph(name: str) -> None:
     for largest, mean in run_ranks(2, _compiles, name, timeout=300.0):
         print(f"{name} compiled: largest error {largest:.2e}, mean {mean:.2e}")
