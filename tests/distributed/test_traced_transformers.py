@@ -78,6 +78,25 @@ def test_greedy_tokens_are_the_whole_models(name: str) -> None:
         assert same and largest <= TOLERANCE
 
 
+def _generates_from_a_padded_batch() -> bool:
+    """One KV head on two ranks: with a mask, attention repeats it by a number that it reads."""
+    model_class = transformers.LlamaForCausalLM
+    torch.manual_seed(3)
+    config = model_class.config_class(**{**COMMON, **HEADS, "num_key_value_heads": 1})
+    model = model_class(config).eval()
+    mask = torch.ones_like(_ids())
+    mask[0, :5] = 0
+    settings = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False}
+    tokens = model.generate(_ids(), **settings)
+    tp_runtime.shard(model, init_mesh(), cache=False)
+    held = model.model.layers[0].self_attn.q_proj.weight.shape[0]
+    return held == 24 and torch.equal(model.generate(_ids(), **settings), tokens)
+
+
+def test_a_padded_batch_with_fewer_key_value_heads_than_ranks() -> None:
+    assert run_ranks(2, _generates_from_a_padded_batch) == [True, True]
+
+
 def _compiles(name: str) -> tuple[float, float]:
     model = tp_runtime.shard(_build(name), init_mesh(), cache=False)
     with torch.no_grad():

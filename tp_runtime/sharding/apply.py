@@ -80,6 +80,7 @@ def apply_plan(model: nn.Module, plan: ShardPlan, comm: Communicator) -> nn.Modu
         raise ShardingError(
             f"a plan for {plan.world_size} ranks cannot be applied on {comm.world_size}; make one for those"
         )
+    _check_fits(model, plan)
     state = Applied(plan, comm)
     _cut_weights(model, plan, comm.rank)
     _set_integers(model, plan, comm.rank, state)
@@ -89,15 +90,16 @@ def apply_plan(model: nn.Module, plan: ShardPlan, comm: Communicator) -> nn.Modu
         _install_norm(model.get_submodule(norm.module), norm, comm, state)
     for cut in plan.slices:
         _install_slice(model.get_submodule(cut.module), cut, comm.rank, state)
+    # Before the user's own hooks, which expect whole results; of both, sums come first.
+    for gather in plan.gathers:
+        joins = _GatherHook(gather, comm)
+        state.handles.append(model.get_submodule(gather.module).register_forward_hook(joins, prepend=True))
     by_module: dict[str, list[str]] = {}
     for module, place in plan.sums:
         by_module.setdefault(module, []).append(place)
     for module, places in by_module.items():
-        state.handles.append(model.get_submodule(module).register_forward_hook(_SumHook(comm, tuple(places))))
-    for gather in plan.gathers:
-        state.handles.append(
-            model.get_submodule(gather.module).register_forward_hook(_GatherHook(gather, comm))
-        )
+        adds = _SumHook(comm, tuple(places))
+        state.handles.append(model.get_submodule(module).register_forward_hook(adds, prepend=True))
     vars(model)[STATE] = state
     return model
 
@@ -122,7 +124,8 @@ def _cut_weights(model: nn.Module, plan: ShardPlan, rank: int) -> None:
 
 
 def _divide_modules(model: nn.Module, plan: ShardPlan, rank: int) -> None:
-    """Quantised linears, which divide themselves."""
+    """Quantised linears, which divide themselves. All or, where one refuses, none."""
+    made: dict[str, nn.Module] = {}
     divisible = {path: m for path, m in model.named_modules() if isinstance(m, Divisible)}
     for weight in plan.weights:
         path, _, leaf = weight.name.rpartition(".")
@@ -131,9 +134,32 @@ def _divide_modules(model: nn.Module, plan: ShardPlan, rank: int) -> None:
         if module is None or leaf != "weight" or ranges is None or weight.dim is None:
             continue
         try:
-            model.set_submodule(path, module.divided(weight.dim, ranges))
+            made[path] = module.divided(weight.dim, ranges)
         except ValueError as error:
             raise ShardingError(f"{weight.name} cannot be cut: {error}; quantize after shard") from None
+    for path, part in made.items():
+        model.set_submodule(path, part)
+
+
+def _check_fits(model: nn.Module, plan: ShardPlan) -> None:
+    """Raise ShardingError where the plan is for another model, before anything is changed."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    divisible = {path for path, module in modules.items() if isinstance(module, Divisible)}
+    shapes = {n: tuple(t.shape) for n, t in [*model.named_parameters(), *model.named_buffers()]}
+    for weight in plan.weights:
+        found = shapes.get(weight.name)
+        if weight.style == "replicate" or weight.name.rpartition(".")[0] in divisible:
+            continue
+        if found != weight.shape:
+            what = "does not exist" if found is None else f"has shape {found}"
+            raise ShardingError(
+                f"{weight.name} {what} and the plan is for {weight.shape}; make a plan of this model"
+            )
+    owners = [i.owner.partition(">")[0] for i in plan.integers]
+    hooked = [m.module for m in (*plan.gathers, *plan.slices, *plan.norms)]
+    for path in [*(module for module, _ in plan.sums), *hooked, *plan.vocabularies, *owners]:
+        if path not in modules:
+            raise ShardingError(f"the plan names {path}, which the model has not; make a plan of this model")
 
 
 def parameter_places(model: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
@@ -149,11 +175,6 @@ def parameter_places(model: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]
 
 
 def _part(tensor: Tensor, weight: WeightPlan, rank: int) -> Tensor:
-    if tuple(tensor.shape) != weight.shape:
-        raise ShardingError(
-            f"{weight.name} has shape {tuple(tensor.shape)} and the plan is for {weight.shape}; "
-            "make a plan of this model"
-        )
     data = tensor.detach()
     if weight.style == "once":
         part = data if rank == 0 else torch.zeros_like(data)

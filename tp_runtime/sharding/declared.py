@@ -14,8 +14,9 @@ from typing import Any
 
 from torch import nn
 
+from .. import log
 from ..errors import ShardingError
-from .plan import Plan
+from .plan import Plan, WeightPlan
 from .shardplan import ShardPlan
 
 # transformers' words and ours -> ours
@@ -29,12 +30,15 @@ STYLES = {
     "gather": "gather",
     "colwise_gather_output": "gather",
     "colwise_rep": "gather",
+    "rowwise_split_input": "row",  # the trace cuts the input by itself
+    "vocab": "vocab",
+    "embedding_rowwise": "vocab",
     "replicate": "replicate",
 }
 
 
 def declared_styles(model: nn.Module, plan: Any) -> dict[str, str]:
-    """Style ("column", "row", "gather") by parameter name.
+    """Style ("column", "row", "gather", "vocab") by parameter name.
 
     plan: a mapping from module or parameter names ("*" for one part of a name, and names may begin inside, as
     transformers' do) to styles; a Plan; or "declared", for the model's own (`tp_plan` of transformers
@@ -42,7 +46,7 @@ def declared_styles(model: nn.Module, plan: Any) -> dict[str, str]:
     plan.
     """
     if isinstance(plan, Plan):
-        return {w.name: "row" if w.style == "row" else "column" for w in plan.weights if w.dim is not None}
+        return {w.name: _style_of(model, w) for w in plan.weights if w.dim is not None}
     patterns = _own_plan(model) if isinstance(plan, str) else plan
     if not isinstance(patterns, Mapping):
         raise ShardingError(
@@ -51,7 +55,9 @@ def declared_styles(model: nn.Module, plan: Any) -> dict[str, str]:
     found: dict[str, str] = {}
     for pattern, word in patterns.items():
         if isinstance(plan, str) and word not in STYLES:
-            continue  # a module's style (moe_tp_experts, ...), which its weights' styles imply
+            # A module's style (moe_tp_experts, ...), which its weights' styles imply, or one we have not.
+            log.get_logger().info("style %r of %r in the declared plan is not followed", word, pattern)
+            continue
         style = STYLES.get(str(word))
         if style is None:
             known = ", ".join(dict.fromkeys(STYLES.values()))
@@ -66,6 +72,19 @@ def declared_styles(model: nn.Module, plan: Any) -> dict[str, str]:
         if style != "replicate":
             found.update(dict.fromkeys(names, style))
     return found
+
+
+def _style_of(model: nn.Module, weight: WeightPlan) -> str:
+    """The style of a weight of a Plan: of those cut by tokens, a head has its result gathered."""
+    if weight.style != "vocab":
+        return "row" if weight.style == "row" else "column"
+    try:
+        module = model.get_submodule(weight.name.rpartition(".")[0])
+    except AttributeError:
+        raise ShardingError(
+            f"the plan names {weight.name}, which {type(model).__name__} has not; make a plan of this model"
+        ) from None
+    return "vocab" if isinstance(module, nn.Embedding) else "gather"
 
 
 def _own_plan(model: nn.Module) -> Mapping[str, Any]:
@@ -85,7 +104,7 @@ def check_followed(plan: ShardPlan, styles: dict[str, str]) -> None:
         if wanted is None or len(weight.shape) < 2:
             continue
         got = "column" if weight.style == "column" else weight.style
-        if got != ("column" if wanted == "gather" else wanted):
+        if got != ("column" if wanted == "gather" else wanted) and got != "vocab":
             why = f": {weight.reason}" if weight.reason else ""
             raise ShardingError(
                 f"the declared plan makes {weight.name} {wanted}-parallel, but it proves to be {got}{why}; "

@@ -87,14 +87,19 @@ def choose_vocabulary(
     if not tables:
         return None
     path, table = max(tables, key=lambda found: found[1].weight.numel())
-    heads = [
-        p for p, m in model.named_modules() if m is not table and table.weight in set(m._parameters.values())
-    ]
+    heads = sharing_weight(model, table)
     blocks = _block_of(model)
     spent = _spent(plan, blocks)
     lists = {blocks(w.name) for w in plan.weights} - {""}
     budget = OUTSIDE + sum((PER_BLOCK - spent[block]) * repeats(block) for block in lists)
     return (path, heads) if spent[""] + 1 + len(heads) <= budget else None
+
+
+def sharing_weight(model: nn.Module, table: nn.Embedding) -> list[str]:
+    """Paths of the other modules that have the table's weight: heads that are tied to it."""
+    return [
+        p for p, m in model.named_modules() if m is not table and table.weight in set(m._parameters.values())
+    ]
 
 
 def _is_linear(module: nn.Module, shape: tuple[int, ...], embedded: set[int]) -> bool:

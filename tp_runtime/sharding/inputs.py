@@ -2,7 +2,8 @@
 
 What a forward function is called with is read from its signature and from errors, never from a model's name:
 token ids for a model with an embedding, images for one that begins with a convolution, rows for a
-linear. Token ids of several rows and positions, so that experts are hit and batch and sequence differ.
+linear. Token ids of several rows and positions, so that experts are hit and batch and sequence differ; and
+once more with a mask of a batch padded on the left, where forward takes one: attention is then another code.
 """
 
 from __future__ import annotations
@@ -15,10 +16,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import ShardingError
+from .surrogate import LARGE_WEIGHT, proof_dtype
 
 TOKENS = 16
+FEW_TOKENS = (
+    1024  # ids drawn for a large vocabulary are below this, so that a proof can do with its first rows
+)
+MASK = "attention_mask"
+PADDING = 3  # positions
 MAX_PATCHES = 64  # along a side of an image
 BATCHES = (2, 8, 4, 6, 12, 18)
 
@@ -29,10 +37,12 @@ Call = tuple[str, tuple[Any, ...], dict[str, Any]]  # module path, positional ar
 @dataclass
 class Example:
     """What is called: the model, and modules of it on their own. cached: keyword arguments of a call with the
-    model's own cache, or None."""
+    model's own cache, or None. proved_only: how many of the first calls are for proofs and not traced, because
+    another one reads more of the model."""
 
     calls: list[Call]
     cached: dict[str, Any] | None = None
+    proved_only: int = 0
 
     def run(self, model: nn.Module) -> list[Any]:
         """The results of all calls (of the cached one: after its first step)."""
@@ -48,7 +58,8 @@ def _cached_steps(model: nn.Module, inputs: dict[str, Any]) -> list[Any]:
     """Prefill and one decode step with the model's own cache."""
     name = next(iter(inputs))
     ids = inputs[name]
-    first = model(**{**inputs, name: ids[:, :-1]}, use_cache=True)
+    shorter = {MASK: inputs[MASK][:, :-1]} if MASK in inputs else {}
+    first = model(**{**inputs, name: ids[:, :-1], **shorter}, use_cache=True)
     past = {
         key: first[key] for key in ("past_key_values", "cache_params", "state") if first.get(key) is not None
     }
@@ -63,23 +74,77 @@ def find_example(model: nn.Module, given: Any = None) -> Example:
     dict of keyword arguments, a tuple of positional ones, or one tensor). Raises ShardingError where none
     works.
     """
-    if given is not None:
-        if isinstance(given, dict):
-            return Example([("", (), given)])
-        return Example([("", tuple(given) if isinstance(given, (tuple, list)) else (given,), {})])
     errors: list[str] = []
-    for guess in _guesses(model):
-        if _works(partial(model, *guess[0], **guess[1]), errors):
-            found = Example([("", *guess)])
-            cached = {k: v for k, v in guess[1].items() if k != "use_cache"}
-            if "use_cache" in guess[1] and _works(partial(_cached_steps, model, cached), []):
-                found.cached = cached
-            return found
+    with Sketch():
+        if given is not None:
+            return _given_example(model, given)
+        for guess in _guesses(model):
+            if _works(partial(model, *guess[0], **guess[1]), errors):
+                return _with_cache_and_mask(model, guess)
     reason = errors[0] if errors else "its forward has no argument that looks like tokens, an image or rows"
     raise ShardingError(
         f"{type(model).__name__} cannot be traced with guessed inputs ({reason[:200]}); pass "
         "example_inputs, a dict of the arguments of its forward"
     )
+
+
+def _given_example(model: nn.Module, given: Any) -> Example:
+    """The user's inputs, as the copy takes them."""
+    given = _for_proof(given)
+    kwargs = given if isinstance(given, dict) else {}
+    args = () if kwargs else tuple(given) if isinstance(given, (tuple, list)) else (given,)
+    errors: list[str] = []
+    if not _works(partial(model, *args, **kwargs), errors):
+        raise ShardingError(
+            f"{type(model).__name__} does not run on the example_inputs ({errors[0][:200]}); pass what its "
+            "forward takes, a dict by keyword or a tuple by position"
+        )
+    return Example([("", args, kwargs)])
+
+
+def _for_proof(value: Any) -> Any:
+    """Tensors on the CPU, floating ones in fp32."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", proof_dtype(value.dtype))
+    if isinstance(value, dict):
+        return {key: _for_proof(item) for key, item in value.items()}
+    return type(value)(map(_for_proof, value)) if type(value) in (tuple, list) else value
+
+
+def _with_cache_and_mask(model: nn.Module, guess: tuple[tuple[Any, ...], dict[str, Any]]) -> Example:
+    """The guess, which works, besides with a mask of padding and with the model's own cache where it can."""
+    found = Example([("", *guess)])
+    cached = {k: v for k, v in guess[1].items() if k != "use_cache"}
+    ids = next(iter(cached.values()), None)
+    names = inspect.signature(model.forward).parameters
+    if MASK in names and isinstance(ids, Tensor) and ids.dim() == 2 and not ids.is_floating_point():
+        mask = torch.ones_like(ids)
+        mask[1::2, :PADDING] = 0
+        if _works(partial(model, **guess[1], **{MASK: mask}), []):
+            found.calls.append(("", guess[0], {**guess[1], MASK: mask}))
+            found.proved_only = 1
+            cached[MASK] = mask
+    if "use_cache" in guess[1] and _works(partial(_cached_steps, model, cached), []):
+        found.cached = cached
+    return found
+
+
+class Sketch(TorchDispatchMode):
+    """Runs operations, but draws the result of a product with a matrix of many million elements: for whether
+    a call works, and what it reaches, that does as well.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(0)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.split("::")[1]
+        if name in ("mm", "addmm", "bmm", "_grouped_mm"):
+            a, b = args[1:3] if name == "addmm" else args[:2]
+            if max(a.numel(), b.numel()) > LARGE_WEIGHT:
+                return torch.randn((*a.shape[:-1], b.shape[-1]), generator=self.generator, dtype=a.dtype)
+        return func(*args, **(kwargs or {}))
 
 
 def _works(call: Callable[[], Any], errors: list[str]) -> bool:
@@ -100,6 +165,8 @@ def _guesses(model: nn.Module) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
     extra = {"use_cache": False} if "use_cache" in named or "past_key_values" in named else {}
     guesses: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     vocabulary = _vocabulary(model)
+    if any(m.weight.numel() > LARGE_WEIGHT for m in model.modules() if isinstance(m, nn.Embedding)):
+        vocabulary = min(vocabulary, FEW_TOKENS)
     tokens = "input_ids" if "input_ids" in named else named[0]
     if vocabulary and tokens != "pixel_values":
         for batch in BATCHES:

@@ -22,17 +22,23 @@ from .shardplan import ShardPlan, plan_from_json, plan_to_json
 
 
 def structure_key(model: nn.Module, *more: Any) -> str:
-    """A hash of classes, attributes, shapes, the classes' source files and versions; and of `more`."""
+    """A hash of classes, attributes, shapes, what is tied or shared, configurations with what they keep to
+    themselves (which attention, which experts), the classes' source files and versions; and of `more`.
+    """
     digest = hashlib.sha256()
     files: set[str] = set()
-    for path, module in model.named_modules():
-        settings = {
-            k: v for k, v in vars(module).items() if isinstance(v, (bool, int, float, str, tuple, list))
-        }
-        digest.update(f"{path} {type(module).__qualname__} {sorted(map(str, settings.items()))}".encode())
+    first: dict[int, str] = {}  # place of each module, tensor and configuration
+    for path, module in model.named_modules(remove_duplicate=False):
+        digest.update(f"{path} {first.setdefault(id(module), path)} {type(module).__qualname__}".encode())
+        digest.update(_settings(module).encode())
         for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
             if tensor is not None:
-                digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+                place = first.setdefault(id(tensor), f"{path}.{name}")
+                digest.update(f"{name} {place} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        for name, value in vars(module).items():
+            if hasattr(value, "to_dict") and id(value) not in first:
+                first[id(value)] = f"{path}>{name}"
+                digest.update(f"{name} {_configuration(value)}".encode())
         for base in type(module).__mro__:
             file = getattr(sys.modules.get(base.__module__), "__file__", None)
             if file:
@@ -47,6 +53,18 @@ def structure_key(model: nn.Module, *more: Any) -> str:
     for value in more:
         digest.update(_describe(value).encode())
     return digest.hexdigest()
+
+
+def _settings(holder: Any) -> str:
+    """The plain attributes of an object."""
+    plain = {k: v for k, v in vars(holder).items() if isinstance(v, (bool, int, float, str, tuple, list))}
+    return str(sorted(map(str, plain.items())))
+
+
+def _configuration(config: Any) -> str:
+    """A configuration's attributes, private ones too, and those of the configurations in it."""
+    inner = {k: _configuration(v) for k, v in vars(config).items() if hasattr(v, "to_dict")}
+    return f"{_settings(config)} {sorted(inner.items())}"
 
 
 def _describe(value: Any) -> str:

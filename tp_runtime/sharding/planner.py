@@ -12,15 +12,17 @@ from dataclasses import replace
 from math import prod
 from typing import Any
 
+import psutil
 from torch import nn
 
 from .. import log
 from ..errors import ShardingError
 from .build import Analysis, build_plan
 from .expand import expand_plan
-from .gathers import choose_gathers, choose_vocabulary
+from .gathers import choose_gathers, choose_vocabulary, sharing_weight
 from .inputs import Example, find_example
 from .plan import WeightPlan
+from .proof import proof_size
 from .search import Search
 from .shardplan import ShardPlan
 from .surrogate import Surrogate, make_surrogate, named_shapes
@@ -29,7 +31,7 @@ from .verify import Mismatch, simulate
 
 LARGE_MODEL = 1 << 25  # parameters beyond which one layer of each structure is proved, and no more
 BUDGET_S = 15.0  # seconds of searching after which the last, optional cuts are not looked for
-PROVED_LIMIT = 1 << 28  # parameters of those layers beyond which their plan is traced and not run
+PROVED_LIMIT = 1 << 28  # values of those layers that are always run; more where memory is free
 
 
 def search_plan(
@@ -93,8 +95,10 @@ def _search(
     began = time.monotonic()
     called, arguments = record_calls(make_surrogate(surrogate.model).model, example)
     extra = extra_calls(make_surrogate(surrogate.model).model, called, arguments)
-    if verify and sum(p.numel() for p in surrogate.model.parameters()) > PROVED_LIMIT:
-        log.get_logger().info("one layer is too large to run; its plan is traced and not proved")
+    if verify and proof_size(surrogate.model, example) > _proved_limit(model):
+        log.get_logger().warning(
+            "a layer of %s is too large to run here; its plan is traced and not proved", type(model).__name__
+        )
         verify = False
     search = Search(surrogate, replace(example, calls=example.calls + extra), world, verify)
     if styles is not None:
@@ -109,6 +113,7 @@ def _search(
             "finding a plan took over %d s; what only a gather could cut stays whole, as vocabularies do",
             BUDGET_S,
         )
+    _say_too_few(search, plan)
     twins = siblings(surrogate.model, called)
     plan = expand_plan(plan, surrogate, model, twins)
     large = sum(p.numel() for p in model.parameters()) > LARGE_MODEL or any(
@@ -120,12 +125,46 @@ def _search(
     return plan if simulate(model, plan, calls, set()) is None else None
 
 
+def _proved_limit(model: nn.Module) -> int:
+    """Values of a proof: what a planner without weights may hold, and a quarter of the free memory where the
+    model is there. A value takes 4 bytes in the whole copy and 4 on its rank.
+    """
+    if any(p.is_meta for p in model.parameters()):
+        return PROVED_LIMIT
+    return max(PROVED_LIMIT, int(psutil.virtual_memory().available) // 4 // 8)
+
+
 def _restrict(search: Search, styles: dict[str, str]) -> None:
     """Only the weights of a declared plan may be divided."""
     for name, parameter in search.surrogate.model.named_parameters():
         if parameter.dim() > 1 and name not in styles:
             search.decisions.whole[name] = "the declared plan leaves it whole"
-    search.decisions.gathers.update(n.rpartition(".")[0] for n, style in styles.items() if style == "gather")
+    by_style: dict[str, set[str]] = {}
+    for name, style in styles.items():
+        by_style.setdefault(style, set()).add(name.rpartition(".")[0])
+    search.decisions.gathers.update(by_style.get("gather", ()))
+    for path in by_style.get("vocab", ()):
+        table = search.surrogate.model.get_submodule(path)
+        if isinstance(table, nn.Embedding):
+            search.decisions.vocabularies.add(path)
+            search.decisions.gathers.update(sharing_weight(search.surrogate.model, table))
+
+
+def _say_too_few(search: Search, plan: ShardPlan) -> None:
+    """Warn of what more ranks than units leave whole, or cut by columns with a collective of its own."""
+    gathered = {gather.module for gather in plan.gathers}
+    pairs = {w.name for w in plan.weights if w.dim is not None and w.name.rpartition(".")[0] not in gathered}
+    short = {name: units for name, units in search.too_few.items() if name not in pairs}
+    if short:
+        name, units = max(short.items(), key=lambda found: found[1])
+        log.get_logger().warning(
+            "%d ranks are more than %s and what goes with it can be divided over (%d units); use %d ranks or "
+            "fewer",
+            search.world,
+            name,
+            units,
+            units,
+        )
 
 
 def _proved(search: Search) -> tuple[ShardPlan, bool]:
@@ -133,6 +172,8 @@ def _proved(search: Search) -> tuple[ShardPlan, bool]:
     while True:
         analysis = search.settle()
         plan, problems = build_plan(analysis, search.decisions)
+        if not search.settled:
+            return plan, False
         if not search.verify:
             return plan, True
         mismatch = simulate(search.surrogate.model, plan, search.example, analysis.whole_results)

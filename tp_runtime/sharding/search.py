@@ -35,8 +35,10 @@ MAX_TRACES = 60
 
 @dataclass
 class Search:
-    """One search. tried_copies: families (by their first source) for which copying parts did not help. norms:
-    whether the module at a path was recognised as one."""
+    """One search. tried_copies: families (by their first source) for which copying parts did not help.
+    norms: whether the module at a path was recognised as one. settled: whether the last analysis left nothing
+    to decide. too_few: units of families (by their first source) that have several, but fewer than ranks.
+    """
 
     surrogate: Surrogate
     example: Example
@@ -47,13 +49,15 @@ class Search:
     copied_for: dict[str, set[str]] = field(default_factory=dict)
     norms: dict[str, bool] = field(default_factory=dict)
     traces: int = 0
+    settled: bool = True
+    too_few: dict[str, int] = field(default_factory=dict)
 
     def trace(self) -> Trace:
         """A trace of the examples under the present decisions."""
         self.traces += 1
         model = make_surrogate(self.surrogate.model, shorten=False).model
         trace = Trace(model, self.decisions)
-        trace.run(self.example.calls)
+        trace.run(self.example.calls[self.example.proved_only :])
         return trace
 
     def settle(self) -> Analysis:
@@ -61,7 +65,8 @@ class Search:
         while True:
             before = self.decisions.state()
             analysis = self.judge(self.trace())
-            if self.decisions.state() == before or self.traces >= MAX_TRACES:
+            self.settled = self.decisions.state() == before
+            if self.settled or self.traces >= MAX_TRACES:
                 return analysis
 
     def judge(self, trace: Trace) -> Analysis:
@@ -142,6 +147,8 @@ class Search:
             if key not in self.tried_copies and self._copy_parts(graph, family):
                 return False
             family.failed = f"{len(family.units)} independent unit(s) for {self.world} ranks"
+            if len(family.units) > 1:
+                self.too_few[key] = max(self.too_few.get(key, 0), len(family.units))
             if key in self.copied_for:
                 self._undo_copies(key)
                 return False
@@ -274,7 +281,7 @@ class Search:
 
     def _undo_copies(self, key: str) -> None:
         for name in self.copied_for.pop(key):
-            dim, marks = self.decisions.marks.pop(name)
+            dim, marks = self.decisions.marks.pop(name, (0, np.zeros(0)))  # gone with decisions taken back
             if (marks == REPLICATED).any():
                 self.decisions.marks[name] = (dim, np.where(marks == COPIED, NORMAL, marks))
         self.tried_copies.add(key)

@@ -1,8 +1,9 @@
 """A disposable copy of a model to trace: same code, own integers and hooks, and weights that cost nothing.
 
-Weights are shared with the model where it has them. On the meta device a small weight is drawn and a large
-one is address space without pages. A list of layers ends after the first of its last new structure, so that a
-model of 80 equal layers is traced in the time of one.
+Everything is fp32 on the CPU, so that rounding is no difference and any device will do. Weights are shared
+with the model where it has them so. Elsewhere a large one is address space without pages, and on the meta
+device a small one is drawn. A list of layers ends after the first of its last new structure, so that a model
+of 80 equal layers is traced in the time of one.
 """
 
 from __future__ import annotations
@@ -11,13 +12,15 @@ import copy
 import mmap
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from .inputs import Example
 from .plan import Ranges
+
+if TYPE_CHECKING:
+    from .inputs import Example
 
 LARGE_WEIGHT = 1 << 22
 
@@ -94,18 +97,31 @@ def make_surrogate(model: nn.Module, *, shorten: bool = False) -> Surrogate:
     """A disposable copy of model. shorten: cut every outermost list after the first layer of the last new
     structure.
     """
-    memo: dict[int, Any] = {id(m): m.dense() for m in model.modules() if isinstance(m, Divisible)}
-    for parameter in model.parameters():
-        memo[id(parameter)] = nn.Parameter(_stand_in_tensor(parameter), requires_grad=False)
-    for buffer in model.buffers():
-        memo[id(buffer)] = _stand_in_tensor(buffer, clone=True)
+    places: dict[str, dict[str, str]] = {}
+    dropped: list[nn.Module] = []
+    if shorten:
+        _choose_layers(model, "", places, dropped)
+    gone = {id(module) for layer in dropped for module in layer.modules()}
+    memo: dict[int, Any] = {id(layer): nn.Identity() for layer in dropped}
+    for module in model.modules():
+        if id(module) in gone:
+            continue
+        if isinstance(module, Divisible):
+            memo[id(module)] = module.dense()
+        for parameter in module._parameters.values():
+            if parameter is not None and id(parameter) not in memo:
+                memo[id(parameter)] = nn.Parameter(_stand_in_tensor(parameter), requires_grad=False)
+        for tensor in (*module._buffers.values(), *vars(module).values()):
+            if isinstance(tensor, Tensor) and id(tensor) not in memo:
+                memo[id(tensor)] = _stand_in_tensor(tensor, clone=True)
     made = copy.deepcopy(model, memo)
     made.eval()
     for module in made.modules():
         _drop_hooks(module)
-    places: dict[str, dict[str, str]] = {}
-    if shorten:
-        _shorten(made, "", places)
+    for path, stand_ins in places.items():
+        layers = made.get_submodule(path)
+        for place in set(stand_ins) - set(stand_ins.values()):
+            del layers._modules[place]
     return Surrogate(made, places)
 
 
@@ -116,20 +132,29 @@ def _drop_hooks(module: nn.Module) -> None:
 
 
 def _stand_in_tensor(tensor: Tensor, clone: bool = False) -> Tensor:
-    """A contiguous tensor with storage of its own extent and, where the original has any, its values."""
+    """A contiguous tensor on the CPU, fp32 where it is floating, with storage of its own extent and, where
+    the original has any that cost nothing, its values. clone: of a buffer, which a forward pass may change.
+    """
+    dtype = proof_dtype(tensor.dtype)
+    there = tensor.device.type == "cpu" and tensor.dtype == dtype
+    if tensor.numel() > LARGE_WEIGHT and (tensor.is_meta or not there and not clone):
+        return _address_space(tensor.shape, dtype)
     if not tensor.is_meta:
-        data = tensor.detach()
+        data = tensor.detach().to("cpu", dtype)
         whole = data.is_contiguous() and data.untyped_storage().nbytes() == data.numel() * data.itemsize
-        return data if whole and not clone else data.clone(memory_format=torch.contiguous_format)
-    if tensor.numel() > LARGE_WEIGHT:
-        return _address_space(tensor.shape, tensor.dtype)
-    if tensor.dtype == torch.bool:
+        return data if whole and not (clone and there) else data.clone(memory_format=torch.contiguous_format)
+    if dtype == torch.bool:
         return torch.ones(tensor.shape, dtype=torch.bool)
-    if not tensor.is_floating_point():
-        return torch.zeros(tensor.shape, dtype=tensor.dtype)
+    if not dtype.is_floating_point:
+        return torch.zeros(tensor.shape, dtype=dtype)
     generator = torch.Generator().manual_seed(tensor.numel())
     scale = tensor.shape[-1] ** -0.5 if tensor.dim() > 1 else 1.0
-    return (torch.randn(tensor.shape, generator=generator) * scale).to(tensor.dtype)
+    return (torch.randn(tensor.shape, generator=generator) * scale).to(dtype)
+
+
+def proof_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp32 for a floating type of fewer bits, else the same."""
+    return torch.float32 if dtype.is_floating_point and dtype.itemsize < 4 else dtype
 
 
 def _address_space(shape: torch.Size, dtype: torch.dtype) -> Tensor:
@@ -182,18 +207,18 @@ def repeated(module: nn.Module) -> list[list[int]]:
     return groups
 
 
-def _shorten(module: nn.Module, path: str, places: dict[str, dict[str, str]]) -> None:
-    """Leave the first children, one of each structure at least, in every outermost list below module."""
+def _choose_layers(
+    module: nn.Module, path: str, places: dict[str, dict[str, str]], dropped: list[nn.Module]
+) -> None:
+    """Keep the first children, one of each structure at least, in every outermost list below module."""
     if isinstance(module, nn.ModuleList):
-        if len(module) < 2:
-            return
+        layers = list(module)
         groups = repeated(module)
-        kept = list(range(max(group[0] for group in groups) + 1))
-        if len(kept) == len(module):
-            return
-        places[path] = {str(p): str(p if p in kept else group[0]) for group in groups for p in group}
-        for place in range(len(kept), len(module)):
-            del module._modules[str(place)]
+        kept = range(max((group[0] for group in groups), default=0) + 1)
+        if len(kept) < len(layers):
+            places[path] = {str(p): str(p if p in kept else group[0]) for group in groups for p in group}
+            shared = {id(layers[place]) for place in kept}
+            dropped += [layer for layer in layers[len(kept) :] if id(layer) not in shared]
         return
-    for name, child in list(module.named_children()):
-        _shorten(child, f"{path}.{name}" if path else name, places)
+    for name, child in module.named_children():
+        _choose_layers(child, f"{path}.{name}" if path else name, places, dropped)

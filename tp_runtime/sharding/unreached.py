@@ -14,14 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from .inputs import Call, Example, images_for, tokens_for
+from .inputs import Call, Example, Sketch, images_for, tokens_for
 from .surrogate import alike
 from .trace.rules import tensors_in
 
 
-class _Used(TorchDispatchMode):
+class _Used(Sketch):
     """Storages that operations read."""
 
     def __init__(self) -> None:
@@ -31,7 +30,7 @@ class _Used(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for tensor in tensors_in(args):
             self.storages.add(int(tensor.untyped_storage()._cdata))
-        return func(*args, **(kwargs or {}))
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
 
 def record_calls(model: nn.Module, example: Example) -> tuple[set[str], dict[type, tuple[Any, Any]]]:
@@ -128,7 +127,7 @@ def _calls(path: str, module: nn.Module, arguments: dict[type, tuple[Any, Any]])
 
 def _works(module: nn.Module, args: Any, kwargs: Any) -> bool:
     try:
-        with torch.no_grad():
+        with torch.no_grad(), Sketch():
             module(*args, **kwargs)
     except Exception:  # noqa: BLE001  (any module, any complaint: the next guess is tried)
         return False

@@ -8,6 +8,7 @@ it, and one process decides for all.
 from __future__ import annotations
 
 import threading
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from .apply import apply_plan
 from .inputs import Example
+from .proof import proof_copy
 from .shardplan import ShardPlan
 from .surrogate import make_surrogate
 from .trace.hooks import result_tensors
@@ -106,14 +108,29 @@ def simulate(model: nn.Module, plan: ShardPlan, example: Example, whole_results:
 
     whole_results: modules whose results are the same on all ranks, to find the first that differs.
     """
-    reference = make_surrogate(model, shorten=False).model
+    base, fitted = proof_copy(model, plan, example, shorten=True)
+    if fitted is not plan:
+        with suppress(Exception):  # forward may know the vocabulary's size by other means
+            if _simulate(base, fitted, example, whole_results) is None:
+                return None
+        base, _ = proof_copy(model, plan, example, shorten=False)
+    return _simulate(base, plan, example, whole_results)
+
+
+def _simulate(
+    model: nn.Module, plan: ShardPlan, example: Example, whole_results: set[str]
+) -> Mismatch | None:
+    reference = make_surrogate(model).model
     wanted, log = _run(reference, example, whole_results, None)
+    if not proves(wanted):
+        return Mismatch("", "the whole model's results are zero or not finite, which proves nothing")
+    del reference
     meeting = _Meeting(plan.world_size)
     outcomes: list[Mismatch | None] = [None] * plan.world_size
 
     def rank_body(rank: int) -> None:
         torch.set_num_threads(1)
-        local = make_surrogate(model, shorten=False).model
+        local = make_surrogate(model).model
         checker = _Checker(log)
         try:
             apply_plan(local, plan, ThreadCommunicator(meeting, rank))
@@ -136,6 +153,15 @@ def simulate(model: nn.Module, plan: ShardPlan, example: Example, whole_results:
     for thread in threads:
         thread.join()
     return next((outcome for outcome in outcomes if outcome is not None), None)
+
+
+def proves(results: list[Tensor]) -> bool:
+    """Whether most values of the first floating result are finite and some are not zero."""
+    first = next((r for r in results if r.is_floating_point()), None)
+    if first is None:
+        return True
+    finite = first.isfinite()
+    return bool(first[finite].any()) and 2 * int(finite.sum()) > first.numel()
 
 
 def compare(got: list[Tensor], wanted: list[Tensor]) -> Mismatch | None:
