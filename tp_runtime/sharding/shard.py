@@ -46,8 +46,7 @@ def plan(
     world = mesh if isinstance(mesh, int) else tp_size(mesh)
     if world < 1:
         raise ShardingError(f"a model cannot be divided over {world} ranks; ask for 1 or more")
-    if applied(model) is not None:
-        raise ShardingError("the model is sharded already; unshard(model) first")
+    _refuse_sharded(model)
     if isinstance(plan, ShardPlan):
         if verify:
             prove(model, plan, example_inputs)
@@ -64,6 +63,12 @@ def plan(
     if world > 1 and styles is None and all(w.dim is None for w in found.weights):
         _complain_if_smaller_works(model, world, example_inputs, verify)
     return found
+
+
+def _refuse_sharded(model: nn.Module) -> None:
+    for path, module in model.named_modules():
+        if applied(module) is not None:
+            raise ShardingError(f"{path or 'the model'} is sharded already; unshard it first")
 
 
 def _complain_if_smaller_works(model: nn.Module, world: int, example_inputs: Any, verify: bool) -> None:
@@ -103,8 +108,7 @@ def shard(
     that cannot be traced, that a declared plan does not fit, or that has too few units for the mesh.
     """
     world, rank, group = tp_size(mesh), tp_rank(mesh), tp_group(mesh)
-    if applied(model) is not None:
-        raise ShardingError("the model is sharded already; unshard(model) first")
+    _refuse_sharded(model)
     wanted = plan
 
     def find() -> ShardPlan:
@@ -119,17 +123,24 @@ def shard(
 def _agreed(find: Any, rank: int, group: dist.ProcessGroup) -> ShardPlan:
     """Rank 0's plan, or its error, on all ranks."""
     answer = ""
+    failure: Exception | None = None
     if rank == 0:
         try:
             answer = plan_to_json(find())
-        except ShardingError as error:
-            answer = "!" + str(error)
+        except Exception as error:  # noqa: BLE001  (raised below, when the ranks that wait know)
+            failure = error
+            known = isinstance(error, ShardingError)
+            answer = "!" + (
+                str(error) if known else f"rank 0 found no plan ({type(error).__name__}: {error})"
+            )
     data = answer.encode()
     size = broadcast_(torch.tensor([len(data)]), group)
     buffer = torch.empty(int(size), dtype=torch.uint8)
     if rank == 0:
         buffer.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
     answer = broadcast_(buffer, group).numpy().tobytes().decode()
+    if failure is not None:
+        raise failure
     if answer.startswith("!"):
         raise ShardingError(answer[1:])
     return plan_from_json(answer)
