@@ -37,8 +37,8 @@ Call = tuple[str, tuple[Any, ...], dict[str, Any]]  # module path, positional ar
 @dataclass
 class Example:
     """What is called: the model, and modules of it on their own. cached: keyword arguments of a call with the
-    model's own cache, or None. proved_only: how many of the first calls are for proofs and not traced, because
-    another one reads more of the model."""
+    model's own cache, or None. proved_only: how many of the first calls are for proofs and not traced,
+    because another one reads more of the model."""
 
     calls: list[Call]
     cached: dict[str, Any] | None = None
