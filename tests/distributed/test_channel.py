@@ -65,7 +65,7 @@ def pause_body(transport: str, pauses: list[float], limit_s: float) -> list[int]
     from tp_runtime.mesh import init_mesh, tp_group
 
     group = tp_group(init_mesh())
-    assert attach(group, 60.0, shared_memory=transport == "shm") == transport
+    assert attach(group, 60.0, transport=transport) == transport
     channel = Channel(group, limit_s=limit_s, patience_s=60.0)
     received = []
     for index in range(3):

@@ -311,4 +311,4 @@ def no_room_body(path: str, wanted: Any) -> bool:
 
 
 def test_no_room_for_a_whole_draft(models: tuple[str, str], without_draft: Any) -> None:
-    assert run_ranks(2, no_room_body, models[0], without_draft[0], timeout=200) == [True, True]
+    assert run_ranks(2, no_room_body, models[0], without_draft()[0], timeout=200) == [True, True]

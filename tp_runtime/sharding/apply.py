@@ -156,8 +156,9 @@ def _check_fits(model: nn.Module, plan: ShardPlan) -> None:
                 f"{weight.name} {what} and the plan is for {weight.shape}; make a plan of this model"
             )
     owners = [i.owner.partition(">")[0] for i in plan.integers]
-    hooked = [m.module for m in (*plan.gathers, *plan.slices, *plan.norms)]
-    for path in [*(module for module, _ in plan.sums), *hooked, *plan.vocabularies, *owners]:
+    gathered, sliced = [g.module for g in plan.gathers], [s.module for s in plan.slices]
+    hooked = [*(module for module, _ in plan.sums), *gathered, *sliced, *(n.module for n in plan.norms)]
+    for path in [*hooked, *plan.vocabularies, *owners]:
         if path not in modules:
             raise ShardingError(f"the plan names {path}, which the model has not; make a plan of this model")
 
