@@ -16,6 +16,7 @@ from tp_testing.ranks import run_ranks
 
 LARGEST, MEAN = 0.6, 0.08  # of a difference of logits; measured 0.17 and 0.034
 CACHE_LARGEST, CACHE_MEAN = 1.5, 0.2  # of an int8 cache against a bf16 one; measured 0.93 and 0.11
+CACHE_TIE = 1.5  # of answers with these caches: tokens closer than the logits are known to be; measured 0.91
 NEAR_TIE = 0.5  # of the log-probabilities of two tokens that swap places
 FORMATS = ("int8", "int8-g32", "int4-g32", "int4-g64", "int4-g128")
 PATHS: dict[str, dict[str, Any]] = {
@@ -100,7 +101,7 @@ def test_two_ranks_write_what_one_writes(form: str, smollm2_gguf: Path, smollm2_
     assert_same_or_near_ties(one, two)
 
 
-def assert_same_or_near_ties(one: Any, two: Any) -> None:
+def assert_same_or_near_ties(one: Any, two: Any, near_tie: float = NEAR_TIE) -> None:
     for number, ((tokens, top), (others, _)) in enumerate(zip(one, two, strict=True)):
         first = next((i for i, (a, b) in enumerate(zip(tokens, others, strict=True)) if a != b), None)
         if first is not None:
@@ -108,7 +109,7 @@ def assert_same_or_near_ties(one: Any, two: Any) -> None:
             assert others[first] in chances, f"prompt {number} differs at {first}, and not by a near-tie"
             gap = chances[tokens[first]] - chances[others[first]]
             print(f"prompt {number}: first difference at token {first}, a tie within {gap:.3f}")
-            assert gap < NEAR_TIE
+            assert gap < near_tie
 
 
 def test_an_int8_cache(smollm2_gguf: Path, smollm2_reference: Any) -> None:
@@ -127,4 +128,4 @@ def test_an_int8_cache(smollm2_gguf: Path, smollm2_reference: Any) -> None:
     answers = (
         run_ranks(1, text_body, path, prompts, "int8", 32, kind, timeout=600)[0] for kind in ("bf16", "int8")
     )
-    assert_same_or_near_ties(*answers)
+    assert_same_or_near_ties(*answers, near_tie=CACHE_TIE)
