@@ -29,8 +29,8 @@ from .layout import ALIASES, FORMATS
 
 QUANTS = ("none", *FORMATS, *ALIASES)
 _CACHE_HELP = (
-    "of the KV cache; int8 (CPUs only): half of bf16's bytes, a scale a token and head, at a price in accuracy "
-    "(SmolLM2's logits move by 0.11, three times as far as by int8 weights; default: auto, as computed)"
+    "of the KV cache; int8 (CPUs only): half of bf16's bytes, a scale a token and head, at a price (it moves "
+    "SmolLM2's logits by 0.11, three times as far as int8 weights do); default: auto, as computed"
 )
 SPELLED = {"collective_timeout_s": "collective_timeout", "load_timeout_s": "load_timeout"}
 
