@@ -123,10 +123,14 @@ def judge(ranks: list[list[dict[str, Any]]], world: int) -> dict[str, list[str]]
 
 
 def test_a_few_architectures_are_right_split_and_lean() -> None:
-    found = judge(run_ranks(2, measure, QUICK, {}, timeout=300.0), 2)
+    ranks = run_ranks(2, measure, QUICK, {}, timeout=300.0)
+    found = judge(ranks, 2)
     assert found["wrong"] == [] and found["split"] == QUICK
     # OLMo 2 normalises over all of q and all of k: a sum over ranks for each, besides the two of a layer.
     assert found["lean"] == [name for name in QUICK if name != "olmo2"]
+    # The hand-written Megatron plan's: two a layer, the sum of an embedding cut by tokens, the head's gather.
+    llama = next(row for row in ranks[0] if row["name"] == "llama")
+    assert llama["collectives"] == 2 * llama["layers"] + 2
 
 
 # What "as they are" must reach on two ranks, of the architectures that build and run whole.
