@@ -30,7 +30,7 @@ from .unreached import extra_calls, record_calls, siblings
 from .verify import Mismatch, simulate
 
 LARGE_MODEL = 1 << 25  # parameters beyond which one layer of each structure is proved, and no more
-BUDGET_S = 15.0  # seconds of searching after which the last, optional cuts are not looked for
+BUDGET_S = 15.0  # seconds of searching (_used_s) after which the last, optional cuts are not looked for
 PROVED_LIMIT = 1 << 28  # values of those layers that are always run; more where memory is free
 
 
@@ -92,7 +92,7 @@ def _search(
     verify: bool,
 ) -> ShardPlan | None:
     """A plan for model; None where none was proved."""
-    began = time.monotonic()
+    began = _now()
     called, arguments = record_calls(make_surrogate(surrogate.model).model, example)
     extra = extra_calls(make_surrogate(surrogate.model).model, called, arguments)
     if verify and proof_size(surrogate.model, example) > _proved_limit(model):
@@ -106,13 +106,14 @@ def _search(
     plan, proved = _proved(search)
     if not proved:
         return None
-    if styles is None and time.monotonic() - began < BUDGET_S:
+    if styles is None and _used_s(began) < BUDGET_S:
         plan = _with_vocabulary(search, _with_gathers(search, plan))
     elif styles is None:
         log.get_logger().warning(
             "finding a plan took over %d s; what only a gather could cut stays whole, as vocabularies do",
             BUDGET_S,
         )
+        plan = replace(plan, cut_short=True)
     _say_too_few(search, plan)
     twins = siblings(surrogate.model, called)
     plan = expand_plan(plan, surrogate, model, twins)
@@ -123,6 +124,17 @@ def _search(
         return plan
     calls = surrogate.original_calls(model, search.example)
     return plan if simulate(model, plan, calls, set()) is None else None
+
+
+def _now() -> tuple[float, float]:
+    return time.monotonic(), time.process_time()
+
+
+def _used_s(began: tuple[float, float]) -> float:
+    """Seconds since `began` on the clock or of this process's CPUs, whichever are fewer: neither a busy host
+    nor a pool of threads shortens the search.
+    """
+    return min(now - then for now, then in zip(_now(), began, strict=True))
 
 
 def _proved_limit(model: nn.Module) -> int:

@@ -58,7 +58,7 @@ def plan(
         found = search_plan(model, world, example_inputs, styles=styles, verify=verify)
         if styles is not None:
             check_followed(found, styles)
-        if cache:
+        if cache and not found.cut_short:
             write_plan(key, found)
     if world > 1 and styles is None and all(w.dim is None for w in found.weights):
         _complain_if_smaller_works(model, world, example_inputs, verify)

@@ -77,7 +77,8 @@ class ShardPlan(Plan):
     """A plan with all that applying it to an unedited model takes. It prints as a table.
 
     sums: (module, place in its result) where partial sums are added over ranks.
-    vocabularies: embeddings of which a rank holds the rows of some tokens. notes: what was tried.
+    vocabularies: embeddings of which a rank holds the rows of some tokens. cut_short: the search ran out of
+    time, so that another one may divide more; such a plan is not kept.
     """
 
     sums: tuple[Point, ...] = ()
@@ -87,6 +88,7 @@ class ShardPlan(Plan):
     integers: tuple[Integer, ...] = ()
     vocabularies: tuple[str, ...] = ()
     origin: str = "trace"
+    cut_short: bool = False
 
     def __str__(self) -> str:
         return self.to_text()
@@ -127,6 +129,7 @@ def plan_from_json(text: str) -> ShardPlan:
         integers=tuple(Integer(**{**i, "values": tuple(i["values"])}) for i in data["integers"]),
         vocabularies=tuple(data["vocabularies"]),
         origin=data["origin"],
+        cut_short=bool(data["cut_short"]),
     )
 
 

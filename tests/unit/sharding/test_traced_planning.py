@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from math import prod
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 from tp_testing.small_models import MODELS, build
 
 from tp_runtime.errors import ShardingError
+from tp_runtime.sharding import planner
 from tp_runtime.sharding.plan import extent
 from tp_runtime.sharding.shard import explain, plan
 from tp_runtime.sharding.shardplan import ShardPlan, plan_from_json, plan_to_json
@@ -123,6 +126,28 @@ def test_a_buffer_of_an_embedding_cut_by_tokens_stays_whole() -> None:
 def test_a_plan_survives_its_json() -> None:
     made = planned("grouped", (9, 3), 2)
     assert plan_from_json(plan_to_json(made)) == made
+
+
+def test_a_search_cut_short_says_so_and_is_not_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TP_CACHE_DIR", str(tmp_path))
+    model, inputs = build("grouped", (8, 4))
+
+    def find(budget_s: float) -> ShardPlan:
+        monkeypatch.setattr(planner, "BUDGET_S", budget_s)
+        return plan(model, 2, example_inputs=(inputs,))
+
+    short = find(0.0)
+    assert short.cut_short and not short.gathers and not list(tmp_path.rglob("*.json"))
+    assert plan_from_json(plan_to_json(short)) == short
+    found = find(600.0)
+    assert not found.cut_short and found.gathers
+    assert find(0.0) == found  # from the cache
+
+
+def test_a_busy_host_does_not_shorten_the_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = itertools.count(0, 1000)
+    monkeypatch.setattr(planner, "_now", lambda: (float(next(ticks)), 0.0))
+    assert not planned("grouped", (8, 4), 2).cut_short
 
 
 def test_a_plan_prints_and_explains() -> None:
