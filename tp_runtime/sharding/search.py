@@ -38,6 +38,7 @@ class Search:
     """One search. tried_copies: families (by their first source) for which copying parts did not help.
     norms: whether the module at a path was recognised as one. settled: whether the last analysis left nothing
     to decide. too_few: units of families (by their first source) that have several, but fewer than ranks.
+    whole_before: weights that the last trace took as whole.
     """
 
     surrogate: Surrogate
@@ -51,6 +52,7 @@ class Search:
     traces: int = 0
     settled: bool = True
     too_few: dict[str, int] = field(default_factory=dict)
+    whole_before: set[str] = field(default_factory=set)
 
     def trace(self) -> Trace:
         """A trace of the examples under the present decisions."""
@@ -71,6 +73,7 @@ class Search:
 
     def judge(self, trace: Trace) -> Analysis:
         """Decide about every family that cannot be divided; the analysis holds if there is none."""
+        self.whole_before = set(self.decisions.whole)
         for name in trace.labels.too_large:
             self.decisions.whole.setdefault(name, "an operation on it other than a product")
         graph = Graph(trace.labels)
@@ -158,15 +161,18 @@ class Search:
         return False
 
     def _first_whole(self, family: Family, trace: Trace, reason: str, graph: Graph | None = None) -> None:
-        """The first weight in the flow of data stays whole; rather one that has too few units on its own."""
-        weights = [n for n in family.sources if n in trace.order and n not in self.decisions.whole]
+        """The first weight in the flow of data stays whole; rather one that has too few units on its own. Of
+        a family that failed (graph), it may be so since the trace: it has the role of another family's.
+        """
+        known = self.decisions.whole if graph is None else self.whole_before
+        weights = [n for n in family.sources if n in trace.order and n not in known]
         self._direct: set[str] = set()
         if graph is not None:
             alone = self._suspects(graph, family, set(weights))
             weights = [n for n in weights if n in alone] or weights
         chosen = min(weights, key=lambda n: trace.order[n], default=None)
         if chosen is None:
-            chosen = next((n for n in family.sources if n not in self.decisions.whole), None)
+            chosen = next((n for n in family.sources if n not in known), None)
         if chosen is not None:
             for name in self.surrogate.same_role(chosen) if chosen in self._direct else [chosen]:
                 self.decisions.whole.setdefault(name, reason)

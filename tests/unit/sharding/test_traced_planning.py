@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from tp_testing import architectures
 from tp_testing.small_models import MODELS, build
 
 from tp_runtime.errors import ShardingError
@@ -121,6 +122,14 @@ def test_a_buffer_of_an_embedding_cut_by_tokens_stays_whole() -> None:
     made = plan(model, 2, example_inputs=(torch.randint(64, (2, 5)),), cache=False)
     assert made["0.weight"].style == "vocab"
     assert made["0.scale"].dim is None
+
+
+def test_layers_of_one_role_are_decided_once() -> None:
+    # What one layer of ZAYA leaves whole is so in its like, of which then no second weight need be.
+    pytest.importorskip("transformers")
+    made = plan(architectures.build("zaya")[0], 2, cache=False)
+    print(fullest_share(made))
+    assert fullest_share(made) <= 0.75
 
 
 def test_a_plan_survives_its_json() -> None:
