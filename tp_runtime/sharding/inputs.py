@@ -142,7 +142,7 @@ class Sketch(TorchDispatchMode):
         name = func._schema.name.split("::")[1]
         if name in ("mm", "addmm", "bmm", "_grouped_mm"):
             a, b = args[1:3] if name == "addmm" else args[:2]
-            if max(a.numel(), b.numel()) > LARGE_WEIGHT:
+            if max(a.numel(), b.numel()) > LARGE_WEIGHT and a.shape[-1] == b.shape[-2]:
                 return torch.randn((*a.shape[:-1], b.shape[-1]), generator=self.generator, dtype=a.dtype)
         return func(*args, **(kwargs or {}))
 

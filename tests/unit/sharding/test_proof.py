@@ -184,3 +184,12 @@ def test_a_plan_by_rules_is_followed(tied: bool) -> None:
     made = plan(model, 2, plan=rules, cache=False)
     cut = {w.name: w.local_shape(0) for w in rules.weights if w.dim is not None}
     assert {w.name: w.local_shape(0) for w in made.weights if w.dim is not None} == cut
+
+
+def test_inputs_that_do_not_fit_a_large_product_are_no_example(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inputs, "LARGE_WEIGHT", 16)
+    layer = nn.Linear(8, 8)
+    with torch.no_grad(), inputs.Sketch():
+        assert layer(torch.ones(4, 8)).shape == (4, 8)
+        with pytest.raises(RuntimeError, match="cannot be multiplied"):
+            layer(torch.ones(4, 32))
