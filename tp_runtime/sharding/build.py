@@ -182,15 +182,15 @@ def _integers(analysis: Analysis) -> tuple[tuple[Integer, ...], list[str]]:
     trace, owners = analysis.trace, analysis.owners
     per_rank: list[dict[Attribute, int]] = []
     problems: list[str] = []
-    cache: dict[tuple[object, ...], int] = {}
+    cache: dict[tuple[object, ...], list[int]] = {}
     for rank in range(analysis.world):
 
         def locate(labels: Tensor, dim: int, rank: int = rank) -> int:
             dim %= max(labels.dim(), 1)
-            key = (labels.data_ptr(), tuple(labels.shape), labels.stride(), dim, rank)
+            key = (labels.data_ptr(), tuple(labels.shape), labels.stride(), dim)
             if key not in cache:
-                cache[key] = owners.local(labels, dim, rank)
-            return cache[key]
+                cache[key] = owners.local_sizes(labels, dim)
+            return cache[key][rank]
 
         values, bad = solve(trace.equations, trace.whole_integers, locate)
         per_rank.append(values)

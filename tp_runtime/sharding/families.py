@@ -392,13 +392,15 @@ class Owners:
         masks[values == 0] = -1
         return np.broadcast_to(masks[inverse].reshape(grid.shape), tuple(labels.shape))
 
-    def local(self, labels: Tensor, dim: int, rank: int) -> int:
-        """Indices of a dim that a rank holds: those with an element of its own, or with nobody's."""
+    def local_sizes(self, labels: Tensor, dim: int) -> list[int]:
+        """Indices of a dim that each rank holds: those with an element of its own, or with nobody's."""
         if labels.numel() == 0:
-            return int(labels.shape[dim])
+            return [int(labels.shape[dim])] * self.world
         masks = np.moveaxis(self.of_labels(labels), dim, 0).reshape(labels.shape[dim], -1)
-        mine = ((masks >> rank) & 1).astype(bool) & (masks >= 0)
-        return int((mine.any(1) | ~(masks >= 0).any(1)).sum())
+        decided = masks >= 0
+        nobodys = int((~decided.any(1)).sum())
+        owners = np.bitwise_or.reduce(np.where(decided, masks, 0), axis=1)
+        return [int(((owners >> rank) & 1).sum()) + nobodys for rank in range(self.world)]
 
 
 def cut_of(source: Source, owners: Owners) -> tuple[int, np.ndarray] | str | None:
