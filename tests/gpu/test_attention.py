@@ -41,14 +41,14 @@ def test_decode(heads: int, kv_heads: int, dim: int, window: int, device: str) -
     keys, values, table = make_cache(lengths, kv_heads, dim)
     q = torch.randn(len(lengths), heads, dim).bfloat16()
     positions, rows = torch.tensor(lengths).int() - 1, torch.arange(len(lengths)).int()
-    scratch = ops.DecodeScratch.make(len(lengths), heads, kv_heads, dim, 6, device)
+    scratch = ops.DecodeScratch.make(len(lengths), heads, kv_heads, dim, 8, device)
     out = torch.full_like(q, torch.nan).to(device)
     arguments = [each.to(device) for each in (q, keys, values, positions, rows, table)]
     for _ in range(2):  # the counters are left as they were found
         ops.decode_attention(*arguments, scratch, out, scale=dim**-0.5, window=window)
         starts = torch.arange(len(lengths) + 1).int()
         wanted = reference.attend_paged(
-            q.float(), keys, values, table, starts, torch.tensor(lengths).int(), dim**-0.5, window
+            q.float(), keys, values, table, starts, torch.tensor(lengths).int(), dim**-0.5, window, None, None
         )
         # The softmax's weights are rounded to bf16 before they multiply values of unit size.
         assert report(f"decode {heads}/{kv_heads} window {window}", out, wanted) < 4e-2
@@ -67,7 +67,9 @@ def test_prompt(heads: int, kv_heads: int, dim: int, window: int, device: str) -
     contexts = torch.tensor(lengths).int()
     arguments = [each.to(device) for each in (q, keys, values, table, starts, contexts)]
     out = ops.paged_attention(*arguments, dim**-0.5, window)
-    wanted = reference.attend_paged(q.float(), keys, values, table, starts, contexts, dim**-0.5, window)
+    wanted = reference.attend_paged(
+        q.float(), keys, values, table, starts, contexts, dim**-0.5, window, None, None
+    )
     assert report(f"prompt {heads}/{kv_heads} window {window}", out, wanted) < 4e-2
     assert not out[-3:].any()
 

@@ -49,6 +49,7 @@ def _native(q_THD: Tensor, backend: str) -> bool:
     return _available()
 
 
+# No defaults: torch 2.11 drops arguments equal to theirs and then misses them among those written to.
 @torch.library.custom_op(
     "tp_runtime::cache_write_reference",
     mutates_args=("k_cache", "v_cache", "key_scales", "value_scales"),
@@ -59,8 +60,8 @@ def _cache_write_reference(
     k_cache: Tensor,
     v_cache: Tensor,
     slots_T: Tensor,
-    key_scales: Tensor | None = None,
-    value_scales: Tensor | None = None,
+    key_scales: Tensor | None,
+    value_scales: Tensor | None,
 ) -> None:
     reference.write_cache(k_THD, v_THD, k_cache, v_cache, slots_T, key_scales, value_scales)
 
@@ -72,8 +73,8 @@ def _(
     k_cache: Tensor,
     v_cache: Tensor,
     slots_T: Tensor,
-    key_scales: Tensor | None = None,
-    value_scales: Tensor | None = None,
+    key_scales: Tensor | None,
+    value_scales: Tensor | None,
 ) -> None:
     return None
 
@@ -88,8 +89,8 @@ def _paged_attention_reference(
     context_lens_R: Tensor,
     scale: float,
     window: int,
-    key_scales: Tensor | None = None,
-    value_scales: Tensor | None = None,
+    key_scales: Tensor | None,
+    value_scales: Tensor | None,
 ) -> Tensor:
     lines = (block_table_RB, query_start_R1, context_lens_R)
     return reference.attend_paged(q_THD, k_cache, v_cache, *lines, scale, window, key_scales, value_scales)
@@ -105,8 +106,8 @@ def _(
     context_lens_R: Tensor,
     scale: float,
     window: int,
-    key_scales: Tensor | None = None,
-    value_scales: Tensor | None = None,
+    key_scales: Tensor | None,
+    value_scales: Tensor | None,
 ) -> Tensor:
     return torch.empty_like(q_THD, memory_format=torch.contiguous_format)
 
