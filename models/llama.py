@@ -92,6 +92,7 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
         # Stands for q_proj, k_proj and v_proj together where it is set: x -> (q, k, v).
         self.qkv_proj: nn.Module | None = None
+        self.turn: Callable[[Tensor, Tensor, Tensor], Tensor] = turn
 
     def forward(self, x_BSE: Tensor, cos_BSD: Tensor, sin_BSD: Tensor, attend: Attend, layer: int) -> Tensor:
         """The attention block's output, before the residual sum."""
@@ -102,8 +103,13 @@ class Attention(nn.Module):
         q_BSHD, k_BSKD, v_BSKD = (part.unflatten(-1, (-1, self.head_dim)) for part in qkv)
         if self.q_norm is not None and self.k_norm is not None:
             q_BSHD, k_BSKD = self.q_norm(q_BSHD), self.k_norm(k_BSKD)
-        q_BSHD, k_BSKD = turn(q_BSHD, cos_BSD, sin_BSD), turn(k_BSKD, cos_BSD, sin_BSD)
+        q_BSHD, k_BSKD = self.turn(q_BSHD, cos_BSD, sin_BSD), self.turn(k_BSKD, cos_BSD, sin_BSD)
         return self.o_proj(attend(layer, q_BSHD, k_BSKD, v_BSKD).flatten(-2))
+
+
+def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up."""
+    return F.silu(gate) * up
 
 
 class MLP(nn.Module):
@@ -116,6 +122,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
         # Stands for gate_proj and up_proj together where it is set: x -> (gate, up).
         self.gate_up_proj: nn.Module | None = None
+        self.gate: Callable[[Tensor, Tensor], Tensor] = silu_mul
 
     def forward(self, x_BSE: Tensor) -> Tensor:
         """The MLP block's output, before the residual sum."""
@@ -123,7 +130,7 @@ class MLP(nn.Module):
             gate_BSM, up_BSM = self.gate_proj(x_BSE), self.up_proj(x_BSE)
         else:
             gate_BSM, up_BSM = self.gate_up_proj(x_BSE)
-        return self.down_proj(F.silu(gate_BSM) * up_BSM)
+        return self.down_proj(self.gate(gate_BSM, up_BSM))
 
 
 class DecoderLayer(nn.Module):

@@ -29,7 +29,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in here:
         marker = item.get_closest_marker("gpus")
         needed = marker.args[0] if marker is not None else 1
-        kernels_alone = interpreted and item.path.stem in ("test_linear", "test_attention")
+        kernels_alone = interpreted and item.path.stem in (
+            "test_linear",
+            "test_attention",
+            "test_elementwise",
+        )
         if count < needed and not kernels_alone:
             left.append(item)
     if left:

@@ -1,9 +1,9 @@
-"""Projections that read the same input become one on the GPU: q, k and v; gate and up.
+"""The model's own forward on a GPU in fewer kernels: joined projections, rotary positions, the gate.
 
 A linear of one row takes a few microseconds to start and to drain whatever its size, so one of five
 thousand rows beats three. Their packed weights are joined along the output rows and put into the places
 that the model leaves for it (Attention.qkv_proj, MLP.gate_up_proj); the separate ones are let go, a layer
-at a time.
+at a time. The operations between them are replaced one for one (kernels/cuda/elementwise.py).
 """
 
 from __future__ import annotations
@@ -96,9 +96,14 @@ def _cat(tensors: list[Tensor], dim: int) -> Tensor:
 
 def fuse_projections(model: Llama) -> None:
     """Join what reads the same input, where the GPU's kernels take it. In place."""
+    from ..kernels.cuda import elementwise
+
     for module in model.model.layers:
         layer = cast(DecoderLayer, module)
         attention, mlp = layer.self_attn, layer.mlp
+        mlp.gate = elementwise.silu_mul
+        if attention.head_dim & (attention.head_dim - 1) == 0:
+            attention.turn = elementwise.turn
         qkv = _joined((attention.q_proj, attention.k_proj, attention.v_proj))
         if qkv is not None:
             attention.qkv_proj = qkv

@@ -33,6 +33,10 @@ class ResidualNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: fp32 [..., size]; the same shape in `dtype`."""
+        if x.is_cuda:
+            from ..kernels.cuda.elementwise import rms_norm
+
+            return rms_norm(x, self.weight, self.eps, self.dtype)
         scale = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
         return (x * scale * self.weight).to(self.dtype)
 
