@@ -24,6 +24,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..dependent_launch import start_next, wait_for_previous
+
 _PUSH = tl.constexpr(
     "{ .reg .b64 t; mov.b64 t, {$2, $3}; st.relaxed.sys.global.b64 [$1], t; mov.b32 $0, 0; }"
 )
@@ -118,29 +120,38 @@ def reduce_norm_kernel(
     part_ptr, bias_ptr, residual_ptr, weight_ptr, x_ptr, sums_ptr, buffers_ptr, epoch_ptr, status_ptr, op,
     limit_ns, T,
     H: tl.constexpr, BC: tl.constexpr, SPLITS: tl.constexpr, FIRST: tl.constexpr, HAS_BIAS: tl.constexpr,
-    RANK: tl.constexpr, WORLD: tl.constexpr, WORDS: tl.constexpr,
+    EARLY: tl.constexpr, RANK: tl.constexpr, WORLD: tl.constexpr, WORDS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """residual (+)= sum over splits and ranks of part; x = residual * weight; sums of squares.
 
     part: fp32 [SPLITS, T, H]. residual: fp32 [T, H], FIRST: only written. x: bf16 [T, H]. sums: fp32
-    [T, programs].
+    [T, programs]. EARLY: the next kernel may start at once: where this one has few programs
+    and waits for no peer.
     """
     token, piece = tl.program_id(0), tl.program_id(1)
     column = piece * BC + tl.arange(0, BC)
     inside = column < H
+    place = token * H + column
+    weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    if PDL:
+        if EARLY:
+            start_next()
+        wait_for_previous()
     value = tl.zeros([BC], tl.float32)
     for split in tl.static_range(SPLITS):
         value += tl.load(part_ptr + (split * T + token) * H + column, mask=inside, other=0.0)
+    rest = tl.zeros([BC], tl.float32)
+    if not FIRST:
+        rest += tl.load(residual_ptr + place, mask=inside, other=0.0)
+    if HAS_BIAS:
+        rest += tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
     at = token * (tl.num_programs(1) * BC) + column
     if WORLD > 1:
         value = _sum_fp32(value, buffers_ptr, epoch_ptr, status_ptr, op, limit_ns, at, RANK, WORLD, WORDS)
-    if HAS_BIAS:
-        value += tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
-    place = token * H + column
-    if not FIRST:
-        value += tl.load(residual_ptr + place, mask=inside, other=0.0)
+    value += rest
+    if PDL and not EARLY:
+        start_next()
     tl.store(residual_ptr + place, value, mask=inside)
-    weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
     tl.store(x_ptr + place, (value * weight).to(x_ptr.dtype.element_ty), mask=inside)
     squares = tl.where(inside, value * value, 0.0)
     tl.store(sums_ptr + token * tl.num_programs(1) + piece, tl.sum(squares, axis=0))
@@ -150,8 +161,12 @@ def reduce_norm_kernel(
 def all_reduce_kernel(
     x_ptr, y_ptr, buffers_ptr, epoch_ptr, status_ptr, op, limit_ns, count,
     IS_BF16: tl.constexpr, BC: tl.constexpr, RANK: tl.constexpr, WORLD: tl.constexpr, WORDS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """y = the sum over ranks of x, `count` words of 32 bits: fp32, or two bf16 each, summed in fp32."""
+    if PDL:
+        start_next()
+        wait_for_previous()
     at = tl.program_id(0) * BC + tl.arange(0, BC)
     inside = at < count
     word = tl.load(x_ptr + at, mask=inside, other=0)
@@ -190,13 +205,16 @@ def all_reduce_kernel(
 def choose_kernel(
     value_ptr, index_ptr, token_ptr, ring_ptr, step_ptr, ring_stride, candidates, buffers_ptr, epoch_ptr,
     status_ptr, op, limit_ns,
-    BC: tl.constexpr, RANK: tl.constexpr, WORLD: tl.constexpr, WORDS: tl.constexpr,
+    BC: tl.constexpr, RANK: tl.constexpr, WORLD: tl.constexpr, WORDS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The likeliest token of each row over all ranks, the lowest id among equals, the same on every rank.
 
     value, index: [T, candidates], the best of pieces of this rank's vocabulary. token: [T]; ring:
     [steps, ring_stride], where the row of the current step also gets it.
     """
+    if PDL:
+        start_next()
+        wait_for_previous()
     row = tl.program_id(0)
     c = tl.arange(0, BC)
     values = tl.load(value_ptr + row * candidates + c, mask=c < candidates, other=float("-inf"))
@@ -227,8 +245,11 @@ def choose_kernel(
 
 
 @triton.jit
-def advance_kernel(epoch_ptr, step_ptr, position_ptr, active_ptr, ops, T: tl.constexpr):
+def advance_kernel(epoch_ptr, step_ptr, position_ptr, active_ptr, ops, T: tl.constexpr, PDL: tl.constexpr):
     """After a step: as many epochs have passed as it had reductions, and running rows are one further."""
+    if PDL:
+        start_next()
+        wait_for_previous()
     t = tl.arange(0, T)
     tl.store(position_ptr + t, tl.load(position_ptr + t) + tl.load(active_ptr + t))
     tl.store(step_ptr, tl.load(step_ptr) + 1)

@@ -11,11 +11,12 @@ import torch.distributed as dist
 import triton
 from torch import Tensor
 
+from ..dependent_launch import launch_options
 from ..errors import CollectiveError
 from ..log import once
 from .push import all_reduce_kernel
 
-_BLOCK = 1024
+_BLOCK = 256  # words of one program: one a thread, so that none waits twice
 
 
 class PushGroup:
@@ -68,8 +69,7 @@ class PushGroup:
         assert x.is_contiguous() and out.is_contiguous() and x.dtype == out.dtype, (x.dtype, out.dtype)
         words, sums = x.view(-1).view(torch.int32), out.view(-1).view(torch.int32)
         assert len(words) <= self.max_words, f"{len(words)} words are beyond {self.max_words}"
-        block = min(_BLOCK, max(128, triton.next_power_of_2(triton.cdiv(len(words), 64))))
-        all_reduce_kernel[(triton.cdiv(len(words), block),)](
+        all_reduce_kernel[(triton.cdiv(len(words), _BLOCK),)](
             words,
             sums,
             *self.arguments,
@@ -77,9 +77,10 @@ class PushGroup:
             self.limit_ns,
             len(words),
             IS_BF16=x.dtype == torch.bfloat16,
-            BC=block,
-            num_warps=max(1, min(8, block // 128)),
+            BC=_BLOCK,
+            num_warps=_BLOCK // 32,
             **self.constants,
+            **launch_options(),
         )
 
     def advance(self, ops: int) -> None:

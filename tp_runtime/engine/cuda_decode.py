@@ -3,9 +3,11 @@
 It computes what the model's own forward computes (its slow twin, which prompts still go through), cut at
 other places: a layer is qkv, rotary positions with the cache write, attention, output projection, a sum
 over ranks with residual and norm, gate and up with SiLU, down projection, and the second such sum. Eight
-launches; the weights are read by four of them. Everything a launch needs lies in tensors that stay where
-they are, so the list can be captured in a CUDA graph, and the last kernels write the chosen tokens to where
-the first ones read them: a graph can be replayed again and again without the host.
+launches; the weights are read by four of them.
+
+Everything a launch needs lies in tensors that stay where they are, so the list can be captured in a CUDA
+graph, and the last kernels write the chosen tokens to where the first ones read them: a graph can be replayed
+again and again without the host.
 
 Legend: T tokens, H hidden size, S splits, D head_dim, V this rank's vocabulary, R rows, B blocks of a row.
 """
@@ -21,8 +23,9 @@ from torch import Tensor, nn
 
 from ..collectives.push import advance_kernel, choose_kernel, reduce_norm_kernel
 from ..collectives.push_group import PushGroup
+from ..dependent_launch import launch_options
 from ..kernels.cuda import attention_ops, tokens
-from ..kernels.cuda.linear import Tile, choose_tile, gemv_
+from ..kernels.cuda.linear import Tile, choose_tile, launch_gemv
 from ..kernels.linear import PreparedWeight
 from ..models.llama import DecoderLayer, Llama
 from ..quant.embedding import QuantEmbedding
@@ -74,7 +77,7 @@ class Weights:
     head: Linear
 
 
-def _linear(module: nn.Module | None, *, gated: bool = False) -> Linear | None:
+def _linear(module: nn.Module | None, *, gated: bool = False, split: bool = True) -> Linear | None:
     found = None if module is None else packed_weight(module)
     if found is None:
         return None
@@ -82,7 +85,9 @@ def _linear(module: nn.Module | None, *, gated: bool = False) -> Linear | None:
     if gated and bias is not None:
         return None
     outputs = weight.n // (2 if gated else 1)
-    return Linear(weight, bias, choose_tile(weight.tensors[0], weight.k, 1, gated=gated), outputs)
+    return Linear(
+        weight, bias, choose_tile(weight.tensors[0], weight.k, 1, gated=gated, split=split), outputs
+    )
 
 
 def _layer(layer: DecoderLayer, window: int) -> Layer | None:
@@ -119,7 +124,7 @@ def step_weights(model: Llama) -> Weights | None:
             return None
         layers.append(layer)
     head_module = model.lm_head if model.lm_head is not None else _tied_head(table)
-    head = _linear(head_module)
+    head = _linear(head_module, split=False)
     if head is None or head.bias is not None or not tokens.as_table(table):
         return None
     norm = cast(ResidualNorm, model.model.norm)
@@ -194,7 +199,7 @@ class DecodeStep:
         pieces = tokens.num_candidates(weights.head.outputs)
         self._values, self._indices = make(pieces), make(pieces, torch.int32)
         self._pieces = pieces
-        splits = min(32, max(1, cache.shape.blocks_for(context)))
+        splits = min(32, triton.next_power_of_2(max(1, cache.shape.blocks_for(context))))
         self._scratch = attention_ops.DecodeScratch.make(
             MOST_TOKENS, self.heads, self.kv_heads, self.head_dim, splits, device
         )
@@ -213,27 +218,29 @@ class DecodeStep:
         op = self._reduce(part, None, weights.layers[0].input_norm, count, op=0, first=True)
         for index, layer in enumerate(weights.layers):
             attended = self._attend(layer, index, count)
-            part = self._multiply(layer.out, attended, count)
-            op = self._reduce(part, layer.out.bias, layer.post_norm, count, op=op)
-            part = self._mlp(layer, count)
+            op = self._into_residual(layer.out, attended, layer.post_norm, count, op=op)
+            middle = self._gate_up(layer, count)
             last = index + 1 == len(weights.layers)
             norm = weights.norm if last else weights.layers[index + 1].input_norm
-            op = self._reduce(part, layer.down.bias, norm, count, op=op)
+            op = self._into_residual(layer.down, middle, norm, count, op=op)
         self._gemv(weights.head, self._x[: count * size].view(count, size), self.logits(count), norm=True)
         self._choose(count, op)
 
     def _gemv(self, linear: Linear, x: Tensor, y: Tensor, *, norm: bool, gated: bool = False) -> None:
+        weight = linear.weight.tensors[0]
+        scale, offset = (*linear.weight.tensors[1:], None, None)[:2]
         sums = self._sums[: x.shape[0] * self.sums_width].view(x.shape[0], self.sums_width) if norm else None
-        gemv_(
-            x, linear.weight.tensors, y, group_size=linear.weight.group_size, gated=gated, sums=sums,
+        launch_gemv(
+            x, weight, scale, offset, sums, y, group_size=linear.weight.group_size, gated=gated,
             eps=self.weights.eps, tile=linear.tile,
         )  # fmt: skip
 
-    def _multiply(self, linear: Linear, x: Tensor, count: int) -> Tensor:
+    def _into_residual(self, linear: Linear, x: Tensor, norm: Tensor, count: int, *, op: int) -> int:
+        """x W^T, summed over splits and ranks, into the residual, and its norm; the next sum's number."""
         part = self._part[: linear.tile.splits * count * linear.outputs]
         part = part.view(linear.tile.splits, count, linear.outputs)
         self._gemv(linear, x, part, norm=False)
-        return part
+        return self._reduce(part, linear.bias, norm, count, op=op)
 
     def _reduce(
         self, part: Tensor, bias: Tensor | None, norm: Tensor, count: int, *, op: int, first: bool = False
@@ -243,8 +250,9 @@ class DecodeStep:
             part, norm if bias is None else bias, self._residual, norm, self._x, self._sums,
             *self.push.arguments, op, self.push.limit_ns, count,
             H=self.hidden_size, BC=self.columns, SPLITS=part.shape[0], FIRST=first, HAS_BIAS=bias is not None,
+            EARLY=count == 1 and self.push.world_size == 1,
             num_warps=max(1, min(8, self.columns // 32)),
-            **self.push.constants,
+            **self.push.constants, **launch_options(),
         )  # fmt: skip
         return op + 1
 
@@ -254,25 +262,24 @@ class DecodeStep:
         qkv = qkv.view(linear.tile.splits, count, linear.outputs)
         x = self._x[: count * self.hidden_size].view(count, self.hidden_size)
         self._gemv(linear, x, qkv, norm=True)
-        q = self._q[: count * size].view(count, self.heads, self.head_dim)
         keys, values = self.cache.keys[index], self.cache.values[index]
         inputs = self.inputs
+        where = (inputs.positions, inputs.rows, inputs.table)
+        q = self._q[: count * size].view(count, self.heads, self.head_dim)
         attention_ops.rope_write(
-            qkv, linear.bias, self.cos, self.sin, layer.head_norms, inputs.positions, inputs.rows,
-            inputs.table, q, keys, values,
+            qkv, linear.bias, self.cos, self.sin, layer.head_norms, *where, q, keys, values
         )  # fmt: skip
         attended = self._attended[: count * size].view(count, self.heads, self.head_dim)
         attention_ops.decode_attention(
-            q, keys, values, inputs.positions, inputs.rows, inputs.table, self._scratch, attended,
-            scale=self.scale, window=layer.window,
-        )  # fmt: skip
+            q, keys, values, *where, self._scratch, attended, scale=self.scale, window=layer.window
+        )
         return attended.view(count, size)
 
-    def _mlp(self, layer: Layer, count: int) -> Tensor:
+    def _gate_up(self, layer: Layer, count: int) -> Tensor:
         x = self._x[: count * self.hidden_size].view(count, self.hidden_size)
         middle = self._middle[: count * layer.gate_up.outputs].view(count, layer.gate_up.outputs)
         self._gemv(layer.gate_up, x, middle, norm=True, gated=True)
-        return self._multiply(layer.down, middle, count)
+        return middle
 
     def _choose(self, count: int, op: int) -> None:
         """Each token's likeliest successor: into the ring, and as the next input."""
@@ -285,9 +292,9 @@ class DecodeStep:
             values, indices, inputs.tokens, inputs.ring, inputs.step, inputs.ring.stride(0), pieces,
             *self.push.arguments, op, self.push.limit_ns,
             BC=triton.next_power_of_2(pieces), num_warps=1,
-            **self.push.constants,
+            **self.push.constants, **launch_options(),
         )  # fmt: skip
         advance_kernel[(1,)](
             self.push.epoch, inputs.step, inputs.positions, inputs.active, op + 1, T=MOST_TOKENS,
-            num_warps=1,
+            num_warps=1, **launch_options(),
         )  # fmt: skip

@@ -15,6 +15,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ...dependent_launch import start_next, wait_for_previous
+
 _LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -32,7 +34,7 @@ def rope_write_kernel(
     qkv_ptr, bias_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm_ptr, position_ptr, row_ptr, table_ptr, q_ptr,
     k_cache_ptr, v_cache_ptr, T, table_stride, eps,
     H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One head of one token: add up the splits, norm, turn by the position; q to q_ptr, k and v to the cache.
 
@@ -41,6 +43,15 @@ def rope_write_kernel(
     token, head = tl.program_id(0), tl.program_id(1)
     half = tl.arange(0, D // 2)
     SIZE: tl.constexpr = (H + 2 * K) * D
+    # What no kernel of the step writes is asked for before the wait.
+    position = tl.load(position_ptr + token)
+    row = tl.load(row_ptr + token)
+    block = tl.load(table_ptr + row * table_stride + position // BLOCK).to(tl.int64)
+    cos = tl.load(cos_ptr + position * (D // 2) + half)
+    sin = tl.load(sin_ptr + position * (D // 2) + half)
+    if PDL:
+        start_next()
+        wait_for_previous()
     left = tl.zeros([D // 2], tl.float32)
     right = tl.zeros([D // 2], tl.float32)
     for split in tl.static_range(SPLITS):
@@ -50,15 +61,12 @@ def rope_write_kernel(
     if HAS_BIAS:
         left += tl.load(bias_ptr + head * D + half).to(tl.float32)
         right += tl.load(bias_ptr + head * D + D // 2 + half).to(tl.float32)
-    position = tl.load(position_ptr + token)
     if head < H + K:
         if HAS_NORM:
             if head < H:
                 left, right = _head_norm(left, right, q_norm_ptr, half, D, eps)
             else:
                 left, right = _head_norm(left, right, k_norm_ptr, half, D, eps)
-        cos = tl.load(cos_ptr + position * (D // 2) + half)
-        sin = tl.load(sin_ptr + position * (D // 2) + half)
         turned = left * cos - right * sin
         right = right * cos + left * sin
         left = turned
@@ -67,8 +75,6 @@ def rope_write_kernel(
         tl.store(out + half, left.to(q_ptr.dtype.element_ty))
         tl.store(out + D // 2 + half, right.to(q_ptr.dtype.element_ty))
     else:
-        row = tl.load(row_ptr + token)
-        block = tl.load(table_ptr + row * table_stride + position // BLOCK).to(tl.int64)
         kv_head = (head - H) % K
         at = ((block * K + kv_head) * BLOCK + position % BLOCK) * D
         if head < H + K:
@@ -98,17 +104,20 @@ def decode_kernel(
     q_ptr, k_cache_ptr, v_cache_ptr, position_ptr, row_ptr, table_ptr, partial_ptr, stats_ptr, count_ptr,
     out_ptr, table_stride, scale, window,
     H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr,
-    LEAST: tl.constexpr, BLOCK: tl.constexpr,
+    LEAST: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One run of blocks of one token's key-value head, for all query heads that share it.
 
-    ROWS: those heads padded to 16 or more. LEAST: blocks a run holds at least. partial: fp32
-    [T, K, SPLITS, ROWS, D], stats: fp32 [T, K, SPLITS, 2, ROWS], count: int32 [T, K], zero before and after.
+    ROWS: those heads padded to 16 or more. LEAST: blocks a run holds at least. SPLITS: most runs, a power of
+    two. partial: fp32 [T, K, SPLITS, ROWS, D], stats: fp32 [T, K, SPLITS, 2, ROWS], count: int32 [T, K], zero
+    before and after.
     """
     token, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     GROUP: tl.constexpr = H // K
-    context = tl.load(position_ptr + token) + 1
+    context = tl.load(position_ptr + token) + 1  # which no kernel of the step writes before its last
     row = tl.load(row_ptr + token)
+    if PDL:
+        wait_for_previous()
     lowest = tl.maximum(context - window, 0) if window > 0 else 0
     first_block = lowest // BLOCK
     blocks = tl.cdiv(context, BLOCK) - first_block
@@ -136,6 +145,9 @@ def decode_kernel(
         # A slot that was never written may hold NaN, and 0 * NaN is NaN.
         v = tl.where((block * BLOCK + s[:, None]) < context, v, 0.0)
         m, total, acc = _softmax_step(q, k.to(q.dtype), v.to(q.dtype), m, total, acc, valid, scale * _LOG2E)
+    if PDL:
+        # Not earlier: a linear's programs would crowd onto the processors that are done here first.
+        start_next()
     out = out_ptr + (token * H + kv_head * GROUP + g[:, None]) * D + d[None, :]
     if active == 1:
         tl.store(out, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=g[:, None] < GROUP)
@@ -151,23 +163,23 @@ def decode_kernel(
         return
     tl.debug_barrier()
     tl.store(count_ptr + pair, 0)
-    m = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
+    runs = tl.arange(0, SPLITS)
+    its_stats = stats_ptr + (pair * SPLITS + runs[:, None]) * 2 * ROWS + g[None, :]
+    done = runs[:, None] < active
+    all_m = tl.load(its_stats, mask=done, other=float("-inf"), cache_modifier=".cg")
+    all_l = tl.load(its_stats + ROWS, mask=done, other=0.0, cache_modifier=".cg")
+    m = tl.max(all_m, axis=0)
+    m = tl.where(m == float("-inf"), 0.0, m)
+    total = tl.sum(all_l * tl.exp2(all_m - m[None, :]), axis=0)
     acc = tl.zeros([ROWS, D], tl.float32)
-    for other in range(active):
+    for other in tl.range(0, active, loop_unroll_factor=4):  # their loads do not wait for each other
         slot = pair * SPLITS + other
         its_m = tl.load(stats_ptr + slot * 2 * ROWS + g, cache_modifier=".cg")
-        its_l = tl.load(stats_ptr + (slot * 2 + 1) * ROWS + g, cache_modifier=".cg")
         its = tl.load(
             partial_ptr + (slot * ROWS + g[:, None]) * D + d[None, :],
             mask=g[:, None] < GROUP, other=0.0, cache_modifier=".cg",
         )  # fmt: skip
-        new_m = tl.maximum(m, its_m)
-        safe_m = tl.where(new_m == float("-inf"), 0.0, new_m)
-        old, new = tl.exp2(m - safe_m), tl.exp2(its_m - safe_m)
-        total = total * old + its_l * new
-        acc = acc * old[:, None] + its * new[:, None]
-        m = new_m
+        acc += its * tl.exp2(its_m - m)[:, None]
     tl.store(out, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=g[:, None] < GROUP)
 
 

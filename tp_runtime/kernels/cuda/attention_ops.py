@@ -11,6 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ...dependent_launch import launch_options
 from .attention import decode_kernel, prompt_kernel, rope_write_kernel
 
 HEAD_DIMS = (16, 32, 64, 128, 256)
@@ -87,6 +88,7 @@ class DecodeScratch:
     def make(
         cls, tokens: int, heads: int, kv_heads: int, dim: int, splits: int, device: str
     ) -> DecodeScratch:
+        assert splits & (splits - 1) == 0, f"{splits} splits are no power of two"
         rows = padded_group(heads, kv_heads)
         slots = tokens * kv_heads * splits
         return cls(
@@ -144,6 +146,7 @@ def rope_write(
         HAS_BIAS=bias_N is not None,
         HAS_NORM=norms is not None,
         num_warps=1,
+        **launch_options(),
     )
 
 
@@ -185,4 +188,5 @@ def decode_attention(
         LEAST=1,
         BLOCK=block,
         num_warps=4,
+        **launch_options(),
     )

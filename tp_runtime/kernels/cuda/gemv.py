@@ -17,6 +17,9 @@ int4 is stored in planes (pack.py): one byte holds a column of one group low and
 that a tile unpacks into two tiles of one scale a row each. Group scales multiply the fp32 sums of a group,
 never a weight: nothing is rounded that the format does not round.
 
+A linear starts while the kernel before it still runs (dependent_launch.py): it asks the L2 for its first
+weights, then waits for its x.
+
 Legend: R rows of x, N outputs, K inputs, G columns of a group.
 """
 
@@ -24,6 +27,8 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from ...dependent_launch import prefetch_l2, start_next, wait_for_previous
 
 BF16, FP8, INT8, INT4 = (tl.constexpr(kind) for kind in range(4))
 
@@ -182,24 +187,18 @@ def _accumulate_int4(
 
 
 @triton.jit
-def row_rms(sums_ptr, r, R, K, eps, NUM_SUMS: tl.constexpr):
-    """1 / rms of each row, from the sums of squares [R, NUM_SUMS] that the kernel before left."""
-    part = tl.arange(0, NUM_SUMS)
-    squares = tl.load(sums_ptr + r[:, None] * NUM_SUMS + part[None, :], mask=r[:, None] < R, other=1.0)
-    return tl.rsqrt(tl.sum(squares, axis=1) / K + eps)
-
-
-@triton.jit
 def gemv_kernel(
     x_ptr, w_ptr, scale_ptr, offset_ptr, sums_ptr, y_ptr, R, N, K, w_stride, eps,
     KIND: tl.constexpr, G: tl.constexpr, ASYMMETRIC: tl.constexpr, GATED: tl.constexpr,
     NUM_SUMS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
     STAGES: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, ASM: tl.constexpr,
+    AHEAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One tile of BN outputs over one split of K; see the module.
 
     x [R, K] bf16. N: outputs (of W's N rows, or where GATED of its gate half; the up half follows). y:
-    [SPLITS, R, N], or with one split [R, N] in its own dtype.
+    [SPLITS, R, N], or with one split [R, N] in its own dtype. AHEAD: lines of 128 bytes, of each row, that
+    are asked for before the kernel waits for x.
     """
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     split, splits = tl.program_id(1), tl.num_programs(1)
@@ -213,6 +212,19 @@ def gemv_kernel(
     steps = total * (split + 1) // splits - first
     w_ptrs = w_ptr + row[:, None].to(tl.int64) * w_stride + k[None, :]
     x_ptrs = x_ptr + r[None, :] * K + k[:, None]
+    if PDL:
+        if AHEAD > 0:
+            offset = first * (G if KIND == INT4 else BK)
+            line = tl.arange(0, AHEAD) * (128 // w_ptr.dtype.element_ty.primitive_bitwidth * 8)
+            line = tl.minimum(line, w_stride - 1 - offset)
+            prefetch_l2(w_ptr + row[:, None].to(tl.int64) * w_stride + offset + line[None, :])
+        wait_for_previous()
+    # What is needed after the loop is asked for before it.
+    if (KIND == INT8) | (KIND == FP8):
+        scale = tl.load(scale_ptr + row)
+    if NUM_SUMS > 0:
+        part = tl.arange(0, NUM_SUMS)
+        squares = tl.load(sums_ptr + r[:, None] * NUM_SUMS + part[None, :], mask=r[:, None] < R, other=1.0)
     acc = tl.zeros([BN, BR], tl.float32)
     if KIND == INT4:
         acc = _accumulate_int4(
@@ -222,9 +234,9 @@ def gemv_kernel(
     else:
         acc = _accumulate(acc, w_ptrs, x_ptrs, first, steps, R, K, r, k, KIND, BK, STAGES, EVEN_K, ASM)
     if (KIND == INT8) | (KIND == FP8):
-        acc *= tl.load(scale_ptr + row)[:, None]
-    if NUM_SUMS > 0:
-        rms = row_rms(sums_ptr, r, R, K, eps, NUM_SUMS)
+        acc *= scale[:, None]
+    if NUM_SUMS > 0:  # 1 / rms of each row
+        rms = tl.rsqrt(tl.sum(squares, axis=1) / K + eps)
         acc *= rms[None, :]
     if GATED:
         up = tl.zeros([BN, BR], tl.float32)
@@ -241,5 +253,7 @@ def gemv_kernel(
         if NUM_SUMS > 0:
             up *= rms[None, :]
         acc = acc / (1.0 + tl.exp(-acc)) * up
+    if PDL:
+        start_next()
     y_ptrs = y_ptr + (split * R + r[None, :]) * N + n[:, None]
     tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=(r[None, :] < R) & (n[:, None] < N))

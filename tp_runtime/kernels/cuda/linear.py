@@ -15,11 +15,14 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
+from ...dependent_launch import launch_options
 from .dequant import dequantize_kernel
 from .gemv import BF16, FP8, INT4, INT8, gemv_kernel
 
 MOST_ROWS = 16
-_SLICE_VALUES = 12 << 20  # bf16 values made at a time: 24 MB, half of an H100's L2
+_SLICE_VALUES = 64 << 20  # bf16 values made at a time; fewer leave cuBLAS too few tiles for all processors
+_RESIDENT = 396  # tiles of 64 outputs that 132 processors hold at a time
+_LINES_AHEAD = 2  # of each row of a tile, asked for before a linear waits; four are slower than none
 _INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 
@@ -40,19 +43,32 @@ def kind_of(w: Tensor) -> int:
     return int(kinds[w.dtype].value)
 
 
-def choose_tile(w: Tensor, k: int, rows: int, *, gated: bool) -> Tile:
+def choose_tile(w: Tensor, k: int, rows: int, *, gated: bool, split: bool = True) -> Tile:
     """The tile for a weight: as measured on an H200 by benchmarks/cuda_gemv.py.
 
-    int4 has half the bytes in a tile and wants twice the programs.
+    split: whether K may be split (a gated linear's never is). int4 has half the bytes in a tile and wants
+    twice the programs.
     """
     kind, n = kind_of(w), w.shape[0] // (2 if gated else 1)
-    bk = {BF16.value: 128, FP8.value: 256, INT8.value: 256, INT4.value: 0}[kind]
-    wanted = 512 if kind == INT4.value else 256
-    splits = 1
-    while not gated and -(-n // 64) * splits < wanted and splits < 8 and k // (2 * splits) >= 1024:
-        splits *= 2
-    stages = 3 if kind == INT4.value and not gated else 4
-    return Tile(64, bk, splits, 4, stages)
+
+    def split_until(programs: int, bn: int) -> int:
+        count = 1
+        while (
+            split and not gated and -(-n // bn) * count < programs and count < 8 and k // (2 * count) >= 1024
+        ):
+            count *= 2
+        return count
+
+    crowded = gated and -(-n // 64) > _RESIDENT
+    if kind == BF16.value:
+        return Tile(16, 128, 1, 1, 6) if gated else Tile(32, 128, split_until(1024, 32), 1, 4)
+    if kind == INT4.value:
+        if crowded:
+            return Tile(32, 0, 1, 1, 4)
+        return Tile(64, 0, split_until(512, 64), 4, 4 if gated else 3)
+    if crowded:
+        return Tile(64, 512, 1, 4, 3)
+    return Tile(64, 256, split_until(256, 64), 4, 4 if split else 3)
 
 
 @torch.library.custom_op("tp_cuda::gemv_", mutates_args=("y",))
@@ -138,7 +154,9 @@ def launch_gemv(
         EVEN_N=n % tile.bn == 0,
         EVEN_K=k % step == 0,
         ASM=not _INTERPRETED,
+        AHEAD=_LINES_AHEAD,
         num_warps=tile.warps,
+        **launch_options(),
     )
 
 

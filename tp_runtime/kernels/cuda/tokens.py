@@ -10,14 +10,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...dependent_launch import launch_options, start_next, wait_for_previous
+
 CANDIDATE_LOGITS = 2048  # logits of one candidate
 
 
 @triton.jit
 def _embed_kernel(
     token_ptr, table_ptr, scale_ptr, out_ptr, start, stop, row_stride, H, HAS_SCALE: tl.constexpr,
-    BC: tl.constexpr,
+    BC: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    if PDL:
+        start_next()
+        wait_for_previous()
     t = tl.program_id(0)
     column = tl.program_id(1) * BC + tl.arange(0, BC)
     token = tl.load(token_ptr + t)
@@ -30,7 +35,10 @@ def _embed_kernel(
 
 
 @triton.jit
-def _candidates_kernel(logits_ptr, value_ptr, index_ptr, V, first, BC: tl.constexpr):
+def _candidates_kernel(logits_ptr, value_ptr, index_ptr, V, first, BC: tl.constexpr, PDL: tl.constexpr):
+    if PDL:
+        start_next()
+        wait_for_previous()
     t, piece = tl.program_id(0), tl.program_id(1)
     column = piece * BC + tl.arange(0, BC)
     logits = tl.load(logits_ptr + t.to(tl.int64) * V + column, mask=column < V, other=float("-inf"))
@@ -59,6 +67,7 @@ def embed(
         size,
         HAS_SCALE=scale is not None,
         BC=1024,
+        **launch_options(),
     )
 
 
@@ -74,7 +83,7 @@ def candidates(logits_TV: Tensor, value_TC: Tensor, index_TC: Tensor, first: int
     """
     tokens, vocab = logits_TV.shape
     _candidates_kernel[(tokens, num_candidates(vocab))](
-        logits_TV, value_TC, index_TC, vocab, first, BC=CANDIDATE_LOGITS
+        logits_TV, value_TC, index_TC, vocab, first, BC=CANDIDATE_LOGITS, **launch_options()
     )
 
 
