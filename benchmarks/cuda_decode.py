@@ -21,22 +21,22 @@ import time
 from typing import Any
 
 
-def profile(llm: Any, rows: int, top: int = 12) -> list[dict[str, Any]]:
-    """Microseconds a token by kernel. Every rank calls it; rank 0 drives."""
+def profile(llm: Any, prompts: list[list[int]], new_tokens: int, top: int = 14) -> list[dict[str, Any]]:
+    """Microseconds by kernel, a decoded token (of a prompt's only token: all of it). Every rank calls it."""
     import torch
 
     from tp_runtime import SamplingParams
 
-    prompts = [[5 + row] * 8 for row in range(rows)]
     activities = [torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as found:
-        llm.generate(prompts, SamplingParams(max_new_tokens=33, ignore_eos=True))
+        llm.generate(prompts, SamplingParams(max_new_tokens=new_tokens, ignore_eos=True))
         torch.cuda.synchronize()
+    steps = max(1, new_tokens - 1)
     kernels = [
-        {"kernel": event.key[:60], "us_a_token": event.device_time_total / 32, "calls": event.count}
+        {"kernel": event.key[:60], "us": event.device_time_total / steps, "calls": event.count}
         for event in found.key_averages()
     ]
-    kernels.sort(key=lambda each: -each["us_a_token"])
+    kernels.sort(key=lambda each: -each["us"])
     return kernels[:top]
 
 
@@ -116,18 +116,23 @@ def main() -> None:
         token_bytes, ceiling = llm.built.weight_bytes_per_token, llm.read_ceiling_gb_s
         runs = [decode(llm, each, args, token_bytes, ceiling) for each in rows]
         prompt = prefill(llm, args.prefill_tokens) if args.prefill_tokens else None
-        kernels = profile(llm, rows[0]) if args.profile else []
+        kernels, prompt_kernels = [], []
+        if args.profile:
+            kernels = profile(llm, [[5 + row] * 8 for row in range(rows[0])], 33)
+        if args.profile and args.prefill_tokens:
+            prompt_kernels = profile(llm, [[7] * args.prefill_tokens], 1)
         if llm.rank != 0:
             return
     document = {
         "command": " ".join(sys.argv), "model": args.model, "quant": args.quant,
         "world_size": llm.world_size, "prompt_tokens": args.prompt_tokens, "new_tokens": args.new_tokens,
         "read_ceiling_gb_s": ceiling, "weight_bytes_per_token": token_bytes, "ready_s": ready,
-        "runs": runs, "prefill": prompt, "kernels": kernels, "gpu": torch.cuda.get_device_name(),
+        "runs": runs, "prefill": prompt, "kernels": kernels, "prefill_kernels": prompt_kernels,
+        "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__, "cuda": torch.version.cuda, "python": platform.python_version(),
     }  # fmt: skip
-    for each in kernels:
-        print(f"{each['us_a_token']:9.1f} us {each['calls']:6d} {each['kernel']}", file=sys.stderr)
+    for each in kernels + prompt_kernels:
+        print(f"{each['us']:9.1f} us {each['calls']:6d} {each['kernel']}", file=sys.stderr)
     for run in runs:
         print(
             f"{args.model} {args.quant} x{llm.world_size}, {run['rows']} rows: {run['tok_s']:.1f} tokens/s, "

@@ -1,9 +1,12 @@
-"""One-row linears of Llama-70B over 2 GPUs, by format and tile: microseconds and share of the read ceiling.
+"""One-row linears of a Llama over some GPUs, by format and tile: microseconds and share of the read ceiling.
 
 Copies of a weight worth 600 MB run back to back in one CUDA graph, so that the L2 holds none of them; the
 time is the median replay over the number of copies. Tiles are compiled by many processes first.
 
-    python benchmarks/cuda_gemv.py [--kinds int8,int4] [--rows 1] [--json FILE] [--best]
+    python benchmarks/cuda_gemv.py [--models llama-70b/2,llama-8b/1] [--kinds int8,int4-g128] [--rows 1]
+        [--chosen] [--json FILE]
+
+--chosen: only the tile that the runtime takes; without it every candidate is timed, and the best are shown.
 """
 
 from __future__ import annotations
@@ -17,20 +20,39 @@ import sys
 import time
 from typing import Any
 
-SHAPES = {
-    "qkv": (5120, 8192, False),
-    "o": (8192, 4096, False),
-    "gate_up": (28672, 8192, True),
-    "down": (8192, 14336, False),
-    "head": (64128, 8192, False),
-}
+Shape = tuple[str, str, int, int, bool]  # model/ranks, linear, outputs, inputs, whether it is gated
 COPIES_BYTES = 600 << 20
-# (outputs a tile, columns a tile, warps, stages); int4 takes its columns from the group.
+# (outputs a tile, bytes of each row a tile, warps, stages); int4's bytes follow from the group.
 TILES = [
-    (64, 128, 4, 4), (64, 256, 4, 3), (64, 256, 4, 4), (32, 256, 2, 4), (32, 256, 4, 4), (128, 128, 4, 4),
-    (128, 128, 8, 4), (32, 512, 4, 3), (16, 512, 4, 4), (16, 256, 1, 4), (64, 128, 4, 6),
+    (16, 256, 1, 4), (16, 512, 1, 4), (16, 256, 1, 6), (32, 256, 1, 4), (32, 256, 2, 4), (32, 512, 2, 4),
+    (32, 512, 4, 3), (64, 128, 4, 4), (64, 128, 4, 6), (64, 256, 4, 3), (64, 256, 4, 4), (64, 256, 8, 4),
+    (64, 512, 4, 3), (64, 256, 2, 4), (128, 128, 4, 4), (128, 128, 8, 4), (128, 256, 8, 3),
+]  # fmt: skip
+INT4_TILES = [
+    (16, 1, 4), (16, 1, 8), (32, 1, 4), (32, 2, 4), (32, 2, 6), (64, 2, 4), (64, 4, 2), (64, 4, 3),
+    (64, 4, 4), (64, 4, 6), (128, 4, 3), (128, 8, 3),
 ]  # fmt: skip
 SPLITS = (1, 2, 4, 8)
+
+
+def shapes_of(models: str) -> list[Shape]:
+    """The linears of each "model/ranks", as the runtime joins them: q, k and v; gate and up."""
+    from tp_runtime.models import registry
+
+    found: list[Shape] = []
+    for each in models.split(","):
+        name, ranks = each.split("/")
+        c, n = registry.find(name).config, int(ranks)
+        heads, kv = c.num_heads * c.head_dim // n, c.num_kv_heads * c.head_dim // n
+        middle = c.intermediate_size // n
+        found += [
+            (each, "qkv", heads + 2 * kv, c.hidden_size, False),
+            (each, "o", c.hidden_size, heads, False),
+            (each, "gate_up", 2 * middle, c.hidden_size, True),
+            (each, "down", c.hidden_size, middle, False),
+            (each, "head", c.vocab_size // n, c.hidden_size, False),
+        ]
+    return found
 
 
 def make_weights(kind: str, n: int, k: int, copies: int) -> list[tuple[Any, ...]]:
@@ -54,31 +76,31 @@ def make_weights(kind: str, n: int, k: int, copies: int) -> list[tuple[Any, ...]
     return made
 
 
-def candidates(kind: str, gated: bool, k: int) -> list[Any]:
-    from tp_runtime.kernels.cuda.linear import Tile
+def candidates(kind: str, shape: Shape, chosen: bool) -> list[Any]:
+    """Tiles to time: every one, or the runtime's."""
+    from tp_runtime.kernels.cuda.linear import Tile, choose_tile
 
+    _, _, n, k, gated = shape
+    if chosen:
+        return [choose_tile(make_weights(kind, n, k, 1)[0][0], k, 1, gated=gated, split=shape[1] != "head")]
     found = []
-    for (bn, bk, warps, stages), splits in itertools.product(TILES, SPLITS):
-        if kind.startswith("int4"):
-            bk = 2 * int(kind.removeprefix("int4-g"))
-        if kind == "bf16":
-            bk //= 2
-        if splits > 1 and (gated or k // splits < 4 * bk):
-            continue
-        tile = Tile(bn, bk, splits, warps, stages)
-        if tile not in found:
-            found.append(tile)
+    splits = [1] if gated else [each for each in SPLITS if each == 1 or k // each >= 1024]
+    if kind.startswith("int4"):
+        group = int(kind.removeprefix("int4-g"))
+        return [Tile(bn, 2 * group, s, warps, stages) for (bn, warps, stages) in INT4_TILES for s in splits]
+    for (bn, row_bytes, warps, stages), s in itertools.product(TILES, splits):
+        found.append(Tile(bn, row_bytes // (2 if kind == "bf16" else 1), s, warps, stages))
     return found
 
 
-def run_once(kind: str, shape: str, tile: Any, weights: list[tuple[Any, ...]], x: Any, sums: Any) -> Any:
+def chain(kind: str, shape: Shape, tile: Any, weights: list[tuple[Any, ...]], x: Any, sums: Any) -> Any:
+    """A function that multiplies with each weight in turn."""
     import torch
 
     from tp_runtime.kernels.cuda.linear import gemv_
 
-    n, _, gated = SHAPES[shape]
-    outputs = n // 2 if gated else n
-    y = torch.empty((tile.splits, x.shape[0], outputs), device="cuda")
+    _, _, n, _, gated = shape
+    y = torch.empty((tile.splits, x.shape[0], n // 2 if gated else n), device="cuda")
     group = int(kind.removeprefix("int4-g")) if kind.startswith("int4") else 0
 
     def run() -> None:
@@ -88,63 +110,67 @@ def run_once(kind: str, shape: str, tile: Any, weights: list[tuple[Any, ...]], x
     return run
 
 
-def compile_some(kinds: list[str], rows: int, part: int, parts: int) -> None:
+def operands(rows: int, k: int) -> tuple[Any, Any]:
+    import torch
+
+    return torch.randn(rows, k, device="cuda", dtype=torch.bfloat16), torch.rand(rows, 8, device="cuda") * k
+
+
+def compile_some(
+    kinds: list[str], shapes: list[Shape], rows: int, chosen: bool, part: int, parts: int
+) -> None:
     """This process's share of the tiles, launched once: Triton keeps the result on disk."""
     import torch
 
-    jobs = [(kind, shape, tile) for kind in kinds for shape in SHAPES
-            for tile in candidates(kind, SHAPES[shape][2], SHAPES[shape][1])]  # fmt: skip
-
-    def binary(job: tuple[str, str, Any]) -> tuple[Any, ...]:
-        """What the compiled kernel depends on."""
-        kind, shape, tile = job
-        return kind, SHAPES[shape][2], tile.bn, tile.bk, tile.warps, tile.stages
-
-    jobs.sort(key=binary)
-    grouped = [list(group) for _, group in itertools.groupby(jobs, key=binary)]
-    for group in grouped[part::parts]:
-        for kind, shape, tile in group[:1]:
-            n, k, gated = SHAPES[shape]
-            x = torch.randn(rows, k, device="cuda", dtype=torch.bfloat16)
-            sums = torch.rand(rows, 8, device="cuda") * k
-            try:
-                run_once(kind, shape, tile, make_weights(kind, n, k, 1), x, sums)()
-                torch.cuda.synchronize()
-            except Exception as error:  # noqa: BLE001  (a tile too large for shared memory is no answer)
-                print(f"{kind} {shape} {tile}: {str(error)[:80]}", file=sys.stderr)
+    jobs: dict[tuple[Any, ...], tuple[str, Shape, Any]] = {}
+    for kind, shape in itertools.product(kinds, shapes):
+        for tile in candidates(kind, shape, chosen):
+            # What the compiled kernel depends on.
+            even = shape[2] // (2 if shape[4] else 1) % tile.bn == 0, shape[3] % max(1, tile.bk) == 0
+            jobs.setdefault(
+                (kind, shape[4], tile.bn, tile.bk, tile.warps, tile.stages, even), (kind, shape, tile)
+            )
+    for kind, shape, tile in list(jobs.values())[part::parts]:
+        x, sums = operands(rows, shape[3])
+        try:
+            chain(kind, shape, tile, make_weights(kind, shape[2], shape[3], 1), x, sums)()
+            torch.cuda.synchronize()
+        except Exception as error:  # noqa: BLE001  (a tile too large for shared memory is no answer)
+            print(f"{kind} {shape} {tile}: {str(error)[:80]}", file=sys.stderr)
 
 
-def measure(kinds: list[str], rows: int, ceiling: float) -> list[dict[str, Any]]:
+def measure(
+    kinds: list[str], shapes: list[Shape], rows: int, chosen: bool, ceiling: float
+) -> list[dict[str, Any]]:
     import torch
 
     from tp_runtime.kernels.cuda.read_ceiling import graph_seconds
 
     found = []
-    for kind, shape in itertools.product(kinds, SHAPES):
-        n, k, gated = SHAPES[shape]
+    for kind, shape in itertools.product(kinds, shapes):
+        model, name, n, k, gated = shape
         one = make_weights(kind, n, k, 1)
         size = sum(each.nbytes for each in one[0])
         weights = one + make_weights(kind, n, k, max(2, COPIES_BYTES // size))
-        x = torch.randn(rows, k, device="cuda", dtype=torch.bfloat16)
-        sums = torch.rand(rows, 8, device="cuda") * k
+        x, sums = operands(rows, k)
         times = []
-        for tile in candidates(kind, gated, k):
+        for tile in candidates(kind, shape, chosen):
             try:
-                run = run_once(kind, shape, tile, weights, x, sums)
-                times.append((graph_seconds(run) / len(weights) * 1e6, tile))
+                run = chain(kind, shape, tile, weights, x, sums)
+                times.append((graph_seconds(run, 3) / len(weights) * 1e6, tile))
             except Exception:  # noqa: BLE001  (said while compiling)
                 continue
         times.sort(key=lambda pair: pair[0])
-        for us, tile in times[:4]:
+        for place, (us, tile) in enumerate(times):
             share = size / us / 1e3 / ceiling
-            row = {"kind": kind, "shape": shape, "rows": rows, "us": us, "share": share, "tile": vars(tile)}
-            found.append(row)
-            t = tile
-            print(
-                f"{kind:9s} {shape:8s} x{rows} {us:8.2f} us {share:6.1%}  "
-                f"bn {t.bn} bk {t.bk} splits {t.splits} warps {t.warps} stages {t.stages}",
-                flush=True,
-            )
+            found.append({"model": model, "kind": kind, "linear": name, "n": n, "k": k, "gated": gated,
+                          "rows": rows, "us": us, "share": share, "tile": vars(tile)})  # fmt: skip
+            if place < 3:
+                print(
+                    f"{model:12s} {kind:9s} {name:8s} x{rows} {us:8.2f} us {share:6.1%}  bn {tile.bn} "
+                    f"bk {tile.bk} splits {tile.splits} warps {tile.warps} stages {tile.stages}",
+                    flush=True,
+                )
         del weights, one
         torch.cuda.empty_cache()
     return found
@@ -152,16 +178,18 @@ def measure(kinds: list[str], rows: int, ceiling: float) -> list[dict[str, Any]]
 
 def main() -> None:
     parser = argparse.ArgumentParser()
+    parser.add_argument("--models", default="llama-70b/2")
     parser.add_argument("--kinds", default="int8,int4-g128,bf16,fp8,int4-g32")
     parser.add_argument("--rows", type=int, default=1)
+    parser.add_argument("--chosen", action="store_true")
     parser.add_argument("--json")
     args = parser.parse_args()
-    kinds = args.kinds.split(",")
+    kinds, shapes = args.kinds.split(","), shapes_of(args.models)
     started = time.time()
     processes = max(1, min(14, (os.cpu_count() or 1) - 2))
     context = multiprocessing.get_context("spawn")
     workers = [
-        context.Process(target=compile_some, args=(kinds, args.rows, part, processes))
+        context.Process(target=compile_some, args=(kinds, shapes, args.rows, args.chosen, part, processes))
         for part in range(processes)
     ]
     for worker in workers:
@@ -169,14 +197,16 @@ def main() -> None:
     for worker in workers:
         worker.join()
     print(f"compiled in {time.time() - started:.0f} s", flush=True)
+    import torch
+
     from tp_runtime.kernels.cuda.read_ceiling import read_ceiling_gb_s
 
     ceiling = read_ceiling_gb_s()
     print(f"read ceiling {ceiling:.0f} GB/s", flush=True)
-    found = measure(kinds, args.rows, ceiling)
+    found = measure(kinds, shapes, args.rows, args.chosen, ceiling)
     if args.json:
         with open(args.json, "w") as file:
-            json.dump({"ceiling_gb_s": ceiling, "rows": found}, file)
+            json.dump({"gpu": torch.cuda.get_device_name(), "ceiling_gb_s": ceiling, "rows": found}, file)
     print(f"done in {time.time() - started:.0f} s")
 
 
