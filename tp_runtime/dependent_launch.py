@@ -1,6 +1,6 @@
 """Programmatic dependent launch: a step's kernels start before the one ahead of them has ended.
 
-A kernel of a decoding step takes 2 to 100 us, and a start and a drain cost about two of them. So a kernel lets
+A kernel of a decoding step takes 2 to 100 us, and a start and a drain cost about two of them. So one lets
 the next one start before it has ended itself, and waits for the end of the one ahead before it touches what
 that may write (Hopper and later; PTX griddepcontrol). Every kernel of a step waits, so when one goes on, all
 before it have ended. Before it waits, a kernel may read what no kernel of the step writes: a linear asks the
