@@ -116,7 +116,7 @@ def _search(
         plan = replace(plan, cut_short=True)
     _say_too_few(search, plan)
     twins = siblings(surrogate.model, called)
-    plan = expand_plan(plan, surrogate, model, twins)
+    plan = replace(expand_plan(plan, surrogate, model, twins), branches=tuple(sorted(search.branches)))
     large = sum(p.numel() for p in model.parameters()) > LARGE_MODEL or any(
         p.is_meta for p in model.parameters()
     )

@@ -38,7 +38,7 @@ class Search:
     """One search. tried_copies: families (by their first source) for which copying parts did not help.
     norms: whether the module at a path was recognised as one. settled: whether the last analysis left nothing
     to decide. too_few: units of families (by their first source) that have several, but fewer than ranks.
-    whole_before: weights that the last trace took as whole.
+    whole_before: weights that the last trace took as whole. branches: where the code decided by values.
     """
 
     surrogate: Surrogate
@@ -53,6 +53,7 @@ class Search:
     settled: bool = True
     too_few: dict[str, int] = field(default_factory=dict)
     whole_before: set[str] = field(default_factory=set)
+    branches: set[str] = field(default_factory=set)
 
     def trace(self) -> Trace:
         """A trace of the examples under the present decisions."""
@@ -60,6 +61,7 @@ class Search:
         model = make_surrogate(self.surrogate.model, shorten=False).model
         trace = Trace(model, self.decisions)
         trace.run(self.example.calls[self.example.proved_only :])
+        self.branches |= trace.branches
         return trace
 
     def settle(self) -> Analysis:

@@ -60,6 +60,13 @@ def plan(
             check_followed(found, styles)
         if cache and not found.cut_short:
             write_plan(key, found)
+    if found.branches:
+        log.get_logger().warning(
+            "%s decides by values at %s; its plan holds for the side that the example took: pass "
+            "example_inputs that take yours",
+            type(model).__name__,
+            ", ".join(found.branches),
+        )
     if world > 1 and styles is None and all(w.dim is None for w in found.weights):
         _complain_if_smaller_works(model, world, example_inputs, verify)
     return found

@@ -78,7 +78,8 @@ class ShardPlan(Plan):
 
     sums: (module, place in its result) where partial sums are added over ranks.
     vocabularies: embeddings of which a rank holds the rows of some tokens. cut_short: the search ran out of
-    time, so that another one may divide more; such a plan is not kept.
+    time, so that another one may divide more; such a plan is not kept. branches: lines ("file.py:12") where
+    forward() decided by values: the plan holds for the side that the example took.
     """
 
     sums: tuple[Point, ...] = ()
@@ -89,9 +90,11 @@ class ShardPlan(Plan):
     vocabularies: tuple[str, ...] = ()
     origin: str = "trace"
     cut_short: bool = False
+    branches: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return self.to_text()
+        text = self.to_text()
+        return text + (f"\ndecided by values   {', '.join(self.branches)}" if self.branches else "")
 
     def explain(self, name: str) -> str:
         """One sentence about a weight, or a line for each weight of a module. Raises KeyError for neither."""
@@ -130,6 +133,7 @@ def plan_from_json(text: str) -> ShardPlan:
         vocabularies=tuple(data["vocabularies"]),
         origin=data["origin"],
         cut_short=bool(data["cut_short"]),
+        branches=tuple(str(line) for line in data["branches"]),
     )
 
 

@@ -16,6 +16,7 @@ from tp_runtime.models.llama import Llama
 PARAMETERS = {
     "llama-1b": 1_235_814_400,
     "llama-3b": 3_212_749_824,
+    "llama-405b": 405_853_388_800,
     "llama-70b": 70_553_706_496,
     "llama-8b": 8_030_261_248,
     "llama2-70b": 68_976_648_192,

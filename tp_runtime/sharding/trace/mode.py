@@ -7,7 +7,9 @@ elements are not computed but drawn, since no decision rests on their values.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,6 +30,8 @@ from .labels import (
 from .operators import BY_INDEX, JOINING, LINEAR, NEW, SHAPE_ONLY
 from .partial import Partials
 from .rules import apply_rule, tensors_in
+
+_OURS = {"torch", __name__.split(".")[0]}
 
 
 @dataclass
@@ -65,6 +69,14 @@ class Decisions:
         return frozenset(self.whole), marks, *map(frozenset, sets)
 
 
+def _line_of_the_model() -> str:
+    """ "file.py:12", the innermost line that runs and is neither torch's nor ours."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in _OURS:
+        frame = frame.f_back
+    return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+
+
 class Trace(TorchDispatchMode):
     """Labels, partial sums and integer equations of one forward pass of `model` under `decisions`."""
 
@@ -95,6 +107,8 @@ class Trace(TorchDispatchMode):
         for tensor in [*model.parameters(), *model.buffers()]:
             self.constants.add(tensor)
         self.rows_of_constants = StorageSet()
+        self.measured = StorageSet()  # truth values and integers made of activations
+        self.branches: set[str] = set()  # where the code decided by them
         self.whole_integers: dict[Attribute, int] = {}
         self.integers = IntegerMode(self.labels, lambda: self.where)
 
@@ -138,7 +152,10 @@ class Trace(TorchDispatchMode):
             name = func._schema.name.split("::")[1]
             inplace = name.endswith("_") and not name.startswith("__")
             op = name[:-1] if inplace else name
+            if op == "_local_scalar_dense" and self._decides(args[0]):
+                self.branches.add(_line_of_the_model())
             out = self._compute(func, op, args, kwargs)
+            self._measure(args, kwargs, out)
             if self.suspended:
                 return out
             try:
@@ -163,6 +180,22 @@ class Trace(TorchDispatchMode):
             shape = (*a.shape[:-1], b.shape[-1])
             return torch.randn(shape, generator=self.generator).to(a.dtype)
         return func(*args, **kwargs)
+
+    def _decides(self, read: Tensor) -> bool:
+        """Whether a number that Python reads is an activation's or compares one. Integers route tokens."""
+        if read.is_floating_point():
+            return read not in self.constants
+        return read.dtype == torch.bool and read in self.measured
+
+    def _measure(self, args: Any, kwargs: Any, out: Any) -> None:
+        """Note what is no number with a fraction but depends on such that are not constant."""
+        made = [t for t in tensors_in(out) if not t.is_floating_point() and not t.is_complex()]
+        if made and any(
+            t in self.measured or t.is_floating_point() and t not in self.constants
+            for t in tensors_in(args) + tensors_in(kwargs)
+        ):
+            for tensor in made:
+                self.measured.add(tensor)
 
     def _follow(self, func: Any, op: str, inplace: bool, args: Any, kwargs: Any, out: Any) -> Any:
         ins = tensors_in(args) + tensors_in(kwargs)
