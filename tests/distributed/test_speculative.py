@@ -20,7 +20,13 @@ DRAFTS: dict[str, dict[str, Any]] = {
     "measured": {"draft": "self:int8", "draft_adaptive": False},
     "adaptive": {"draft": "lookup"},
     "adaptive self": {"draft": "self:int8", "draft_ranks": "all"},
-    "exact": {"draft": "self:int4-g32", "draft_ranks": "all", "speculate_exact": True},
+    "exact": {
+        "draft": "self:int4-g32",
+        "draft_ranks": "all",
+        "speculate_exact": True,
+        "draft_adaptive": False,
+        "draft_tokens": 3,
+    },
     "int8 cache": {"draft": "self:int8", "draft_adaptive": False, "draft_tokens": 4, "cache_dtype": "int8"},
 }
 # How a step runs: module by module, compiled by torch, or as one call of the C++ kernels.
