@@ -75,7 +75,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--random-weights", action="store_true")
     parser.add_argument("--dtype", default="bf16")
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--tokens", type=int, default=128, help="new tokens a prompt, at most: an answer ends where it ends")
+    parser.add_argument("--tokens", type=int, default=128, help="new tokens a prompt, unless it ends earlier")
     parser.add_argument("--draft-tokens", type=int, default=4, help="of the pairs")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
