@@ -1,8 +1,8 @@
 """A packed weight back to bf16, tile by tile: what a linear of many rows multiplies with.
 
 A prefill of hundreds of rows is bound by arithmetic, so it goes through cuBLAS on bf16 weights. They are
-made a slice of rows at a time, small enough to stay in L2 until the product has read them: the memory then
-sees little more than the packed bytes.
+made a slice of rows at a time, so that no second copy of the model is held. A slice is beyond the L2: one
+that fits leaves the product fewer tiles than there are processors, which costs more than the memory traffic.
 """
 
 from __future__ import annotations

@@ -52,10 +52,8 @@ def choose_tile(w: Tensor, k: int, rows: int, *, gated: bool, split: bool = True
     kind, n = kind_of(w), w.shape[0] // (2 if gated else 1)
 
     def split_until(programs: int, bn: int) -> int:
-        count = 1
-        while (
-            split and not gated and -(-n // bn) * count < programs and count < 8 and k // (2 * count) >= 1024
-        ):
+        count, most = 1, 8 if split and not gated else 1
+        while -(-n // bn) * count < programs and count < most and k // (2 * count) >= 1024:
             count *= 2
         return count
 
