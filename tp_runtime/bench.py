@@ -61,7 +61,8 @@ def _measure(found: Options) -> None:
     document, speaks = _MEASURES[found.mode](found)
     if not speaks:
         return
-    document = {**document, "card": card(load)}
+    num_gpus = (env.get_int("LOCAL_WORLD_SIZE") or 1) if document["device"] == "cuda" else 0
+    document = {**document, "card": card(load, num_gpus)}
     if "first_token_s" not in document:
         sys.stdout.write(card_lines(document["card"]) + "\n")
     if found.args.json:
@@ -70,34 +71,59 @@ def _measure(found: Options) -> None:
 
 
 def _measure_decode(found: Options) -> tuple[dict[str, Any], bool]:
-    from tp_runtime.benchmark import decode
+    from tp_runtime.benchmark import cuda, decode
 
     assert found.engine is not None, "decode has a model"
     document, speaks = decode.measure(found.args, found.engine)
     if speaks and not found.args.first_token:
         sys.stdout.write(decode.line(document) + "\n")
+        if found.args.profile:
+            sys.stdout.write(cuda.profile_lines(document))
     return document, speaks
 
 
 def _measure_kernels(found: Options) -> tuple[dict[str, Any], bool]:
+    import torch.distributed as dist
+
     from tp_runtime import mesh
     from tp_runtime.benchmark import kernels
 
-    world = mesh.init_mesh()
+    device = found.args.device
+    group = mesh.tp_group(world := _mesh(device))
+    if device == "cuda":
+        group = dist.new_group(dist.get_process_group_ranks(group), backend="gloo")
     speaks = mesh.tp_rank(world) == 0
-    return {"kernels": kernels.measure(found.args, mesh.tp_group(world), speaks=speaks)}, speaks
+    return {"device": device, "kernels": kernels.measure(found.args, group, speaks=speaks)}, speaks
 
 
 def _measure_collectives(found: Options) -> tuple[dict[str, Any], bool]:
     from tp_runtime import mesh
     from tp_runtime.benchmark import collectives
 
-    world = mesh.init_mesh()
-    rows = collectives.measure(found.args.bytes or collectives.SIZES, mesh.tp_group(world))
+    device, group = found.args.device, mesh.tp_group(world := _mesh(found.args.device))
+    document = {"device": device, "world_size": mesh.tp_size(world)}
+    if device == "cuda":
+        from tp_runtime.benchmark import collectives_cuda
+
+        document |= collectives_cuda.measure(found.args.bytes, found.args.soak, group)
+    else:
+        document["collectives"] = collectives.measure(found.args.bytes or collectives.SIZES, group)
     speaks = mesh.tp_rank(world) == 0
     if speaks:
-        sys.stdout.write("".join(collectives.line(row) + "\n" for row in rows))
-    return {"world_size": mesh.tp_size(world), "collectives": rows}, speaks
+        sys.stdout.write("".join(collectives.line(row) + "\n" for row in document["collectives"]))
+        sys.stdout.write(collectives.soak_line(document))
+    return document, speaks
+
+
+def _mesh(device: str) -> Any:
+    """The job's, once it is known that it has the GPUs it is to measure."""
+    from tp_runtime import mesh
+
+    if device == "cuda":
+        from tp_runtime.benchmark import cuda
+
+        cuda.require_gpus()
+    return mesh.init_mesh(device=device)
 
 
 _MEASURES = {"kernels": _measure_kernels, "collectives": _measure_collectives, "decode": _measure_decode}

@@ -124,5 +124,21 @@ def line(row: dict[str, Any]) -> str:
     where = "compiled" if row["in_compiled"] else "eager"
     return (
         f"{row['op']:<10} {row['backend']:<8} {row['dtype']:<8} {row['bytes']:>8} B {where:<8} "
-        f"p50 {row['p50_us']:>9.2f} us  p99 {row['p99_us']:>9.2f} us"
+        f"p50 {row['p50_us']:>9.2f} us  p99 {row['p99_us']:>9.2f} us{_checked(row)}"
     )
+
+
+def _checked(row: dict[str, Any]) -> str:
+    """What was found out about the sums of GPUs."""
+    if "exact" not in row:
+        return ""
+    same = "the same on all ranks" if row["same_on_all_ranks"] else "NOT the same on all ranks"
+    return f"  {'exact, ' if row['exact'] else ''}{same}"
+
+
+def soak_line(document: dict[str, Any]) -> str:
+    """The soak for people, where there was one."""
+    soak = document.get("soak")
+    if soak is None:
+        return ""
+    return f"soak: {soak['sums']} sums of {soak['values']} bf16 values, {soak['mistakes']} wrong values\n"

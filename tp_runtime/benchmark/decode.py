@@ -5,7 +5,7 @@ LLM.generate, as any caller does: sampling, the step's broadcast and all Python 
 beyond prompt and answer, decoding starts from prompts that fill it, and prefill keeps its own. Several
 --contexts take turns; the times of a token at each stand beside the bytes it reads there. Peak memory
 is read after the warm-up, before the memory of the read ceiling is there. The rate of matmuls comes last,
-after the engine has let the ranks go. Every rank makes the same calls.
+after the engine has let the ranks go, on GPUs with its weights. Every rank makes the same calls.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from ..engine.figures import Timing, peak_rss_bytes
 from ..engine.llm import LLM
 from ..engine.speculative.report import SpeculationReport, speculation_words
 from ..models.config import ModelConfig
+from . import cuda
 from .definitions import (
     PREFILL_ROWS,
     Spread,
@@ -35,7 +36,7 @@ from .definitions import (
     mbu,
     prefill_operations,
 )
-from .read import ReadCeiling, total
+from .read import Ceiling, ReadCeiling, total
 
 _MATMUL_PASSES = 3
 
@@ -45,37 +46,46 @@ def measure(args: Namespace, engine: EngineConfig) -> tuple[dict[str, Any], bool
     with LLM(**engine.to_dict()) as llm:
         if args.first_token:
             _generate(llm, args.prompt_tokens, 1, args.batch)
-            return {"first_token_s": time.time() - psutil.Process().create_time()}, llm.rank == 0
-        # A group of our own: rank 0 may send idle messages over the engine's at any time.
-        group = dist.new_group(list(range(llm.world_size)))
+            taken = time.time() - psutil.Process().create_time()
+            return {"first_token_s": taken, "device": llm.built.device}, llm.rank == 0
+        # A group of our own: rank 0 may send idle messages over the engine's at any time. Its tensors are
+        # the host's.
+        group = dist.new_group(list(range(llm.world_size)), backend="gloo")
         document = _measured(llm, args, group)
-    rate = matmul_rate(llm.built.model_config, llm.world_size, group)
-    operations = prefill_operations(llm.built.model_config, args.prompt_tokens) * args.batch
+        if args.profile:
+            document |= cuda.profiles(llm, args.prompt_tokens, args.new_tokens, args.batch)
+    config, world_size, speaks = llm.built.model_config, llm.world_size, llm.rank == 0
+    if document["device"] == "cuda":
+        del llm
+        cuda.release()
+        rate = cuda.matmul_rate(config, world_size, args.prompt_tokens, group)
+    else:
+        rate = matmul_rate(config, world_size, group)
+    operations = prefill_operations(config, args.prompt_tokens) * args.batch
     share = {"prefill_share": operations / document["ttft_s"] / rate, "matmul_tflop_s": rate / 1e12}
-    return document | share, llm.rank == 0
+    return document | share, speaks
 
 
 def _measured(llm: LLM, args: Namespace, group: dist.ProcessGroup) -> dict[str, Any]:
     depths = [context - args.new_tokens for context in args.contexts or (llm.context,)]
     deep = depths[-1]  # tokens a row has when decoding starts
     _generate(llm, deep, args.new_tokens, args.batch)
+    on_gpu = llm.built.device == "cuda"
     rss = _of_each_rank(peak_rss_bytes(), group)
-    on_cpu = llm.built.device == "cpu"
-    ceiling = ReadCeiling(args.bytes or ceiling_bytes(), group) if on_cpu else None
+    on_device = _of_each_rank(torch.cuda.max_memory_allocated(), group) if on_gpu else None
+    ceiling = _ceiling(args.bytes, on_gpu, group)
     prefills: list[Timing] = []
     decodes: list[list[Timing]] = []
     speculator = llm.speculator
     speculation = None if speculator is None else SpeculationReport(speculator.plan.name, speculator.most)
-    if ceiling is not None:
-        ceiling.read()
+    ceiling.read()
     for _ in range(args.repeat):
         decodes.append([_generate(llm, depth, args.new_tokens, args.batch) for depth in depths])
         if speculator is not None and speculation is not None:
             speculation.passes += speculator.report.passes  # of the last context
         same = deep == args.prompt_tokens
         prefills.append(decodes[-1][-1] if same else _generate(llm, args.prompt_tokens, 1, args.batch))
-        if ceiling is not None:
-            ceiling.read()
+        ceiling.read()
     # Rank 0 drives and knows the times; the others take part in its sums with zeros.
     speeds = [[total(timing.tok_s or 0.0, group) for timing in turn] for turn in decodes]
     firsts = [total(timing.ttft_s, group) for timing in prefills]
@@ -83,9 +93,17 @@ def _measured(llm: LLM, args: Namespace, group: dist.ProcessGroup) -> dict[str, 
     document = _document(llm, args, at_most, Spread.of(firsts), ceiling)
     return document | {
         "peak_rss_bytes": rss,
+        "peak_device_bytes": on_device,
         "contexts": _over_contexts(llm, args, speeds),
         "speculation": None if speculation is None else speculation.to_dict(),
     }
+
+
+def _ceiling(num_bytes: int | None, on_gpu: bool, group: dist.ProcessGroup) -> Ceiling:
+    """Of the memory that the weights are in. num_bytes: what a rank reads; None: enough."""
+    if on_gpu:
+        return cuda.CudaReadCeiling(cuda.bytes_to_read(num_bytes, group), group)
+    return ReadCeiling(num_bytes or ceiling_bytes(), group)
 
 
 def _over_contexts(llm: LLM, args: Namespace, speeds: list[list[float]]) -> list[dict[str, Any]]:
@@ -118,14 +136,15 @@ def _cache_bytes(llm: LLM, args: Namespace, context: int) -> int:
     return cache_bytes_per_token(llm.built.model_config, context - args.new_tokens // 2, vector_bytes)
 
 
-def _document(
-    llm: LLM, args: Namespace, speed: Spread, first: Spread, ceiling: ReadCeiling | None
-) -> dict[str, Any]:
+def _document(llm: LLM, args: Namespace, speed: Spread, first: Spread, ceiling: Ceiling) -> dict[str, Any]:
     built, config = llm.built, llm.built.model_config
     token_bytes = built.weight_bytes_per_token
-    resident = built.device == "cpu" and is_cache_resident(token_bytes)
+    on_gpu = built.device == "cuda"
+    resident = (
+        cuda.is_cache_resident(token_bytes, llm.world_size) if on_gpu else is_cache_resident(token_bytes)
+    )
     # With a draft, weights are not read once a token.
-    claim = ceiling is not None and not resident and llm.speculator is None
+    claim = not resident and llm.speculator is None
     return {
         "model": llm.source.name,
         "layers": config.num_layers,
@@ -149,9 +168,9 @@ def _document(
         "prefill_tok_s": args.prompt_tokens * args.batch / first.median,
         "weight_bytes_per_token": token_bytes,
         "cache_bytes_per_token": _cache_bytes(llm, args, llm.context),
-        "read_ceiling_gb_s": None if ceiling is None else ceiling.best,
-        "read_ceilings_gb_s": None if ceiling is None else ceiling.readings,
-        "mbu": mbu(token_bytes, speed.median, args.batch, ceiling.best) if ceiling and claim else None,
+        "read_ceiling_gb_s": ceiling.best,
+        "read_ceilings_gb_s": ceiling.readings,
+        "mbu": mbu(token_bytes, speed.median, args.batch, ceiling.best) if claim else None,
         "cache_resident": resident,
         "compile_cold_s": None,
         "compile_warm_s": None,
@@ -191,10 +210,10 @@ def matmul_rate(config: ModelConfig, world_size: int, group: dist.ProcessGroup) 
 
 def line(document: dict[str, Any]) -> str:
     """One measurement for people."""
-    share = document["mbu"]
+    share, on_gpu = document["mbu"], document["device"] == "cuda"
     parts = [
         f"{document['model']} {document['quant']:<9}",
-        f"{document['world_size']} x {document['threads']} threads",
+        f"{document['world_size']} x {'GPU' if on_gpu else str(document['threads']) + ' threads'}",
         f"{document['tok_s']:7.2f} tokens/s ({document['tok_s_p10']:.2f}..{document['tok_s_p90']:.2f})",
         f"{document['weight_bytes_per_token'] / 1e6:.0f} MB a token",
     ]
@@ -206,7 +225,9 @@ def line(document: dict[str, Any]) -> str:
         parts.append(speculation_words(document["speculation"]))
     parts.append(f"first token {document['ttft_s']:.3f} s")
     parts.append(f"prefill {document['prefill_tok_s']:.0f} tokens/s, share {document['prefill_share']:.3f}")
-    parts.append("RSS " + " ".join(f"{peak / 2**30:.2f}" for peak in document["peak_rss_bytes"]) + " GiB")
+    for title, name in (("RSS", "peak_rss_bytes"), ("GPU memory", "peak_device_bytes")):
+        if document[name] is not None:
+            parts.append(f"{title} {' '.join(f'{peak / 2**30:.2f}' for peak in document[name])} GiB")
     for row in document["contexts"]:
         parts.append(
             f"context {row['context']}: {row['tok_s']:.2f} tokens/s, time x {row['time_ratio']:.3f}, "

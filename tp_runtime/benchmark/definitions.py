@@ -11,12 +11,17 @@ weight bytes      of a token: the unsharded model's matmul weights and scales at
                   head once, no padding, no copies (engine/figures.py computes it).
 mbu               weight bytes x steps a second / read ceiling. A step makes one token of each row of the
                   batch and reads the weights once, so at batch 1 steps are tokens. Cache bytes are apart.
-cache resident    a model under CACHE_FACTOR times the last-level cache may live there: no mbu is claimed.
+cache resident    a model under CACHE_FACTOR times the last-level cache, or the L2 of all ranks' GPUs
+                  together, may live there: no mbu is claimed.
 prefill share     operations done a second over the best oneDNN bf16 matmul of PREFILL_ROWS rows on the
                   model's own shapes, all ranks at once. Operations: the linears on every prompt token, the
                   head on the last one only; attention's own are left out, so the share is a lower bound.
+                  The peak of a GPU: the best bf16 torch.mm of random numbers, captured, on the model's own
+                  shapes with as many rows as the prompt has tokens (PREFILL_ROWS at least), or on matrices of
+                  PEAK_SIZE x PEAK_SIZE where that is faster. The head's matmul is among them.
 all_reduce        in the step: a compiled chain of CHAIN dependent reductions, called from C++ (inductor's
                   cpp_wrapper) as the engine's step calls them; its time over CHAIN, waiting included.
+                  On GPUs in_compiled means inside a captured CUDA graph, as the engine's step is one.
 shapes            those the engine runs: q/k/v in one, o, gate and up in one (with the SiLU and the product),
                   down, head; a rank's own part, on fp32 activations that may be rounded as bf16's are.
 bits a weight     of a stored format, its scales included: what peers are compared at.
@@ -34,6 +39,7 @@ from ..layout import WeightFormat, weight_format
 from ..models.config import ModelConfig
 
 PREFILL_ROWS = 512
+PEAK_SIZE = 8192
 CHAIN = 64  # dependent reductions in one compiled chain; the time of one is the chain's over CHAIN
 _PLAIN_BITS = 16  # bf16, where nothing is quantised
 

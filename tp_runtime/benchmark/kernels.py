@@ -29,11 +29,11 @@ from ..models.config import ModelConfig
 from ..models.registry import find
 from .definitions import PREFILL_ROWS, ceiling_bytes, linears
 from .launching import Progress
-from .read import ReadCeiling, total
+from .read import Ceiling, ReadCeiling, total
 
-_PASSES = 5
-_BLOCK_SIZE = 32  # tokens of a cache block, as the engine's
-_FEW_ROWS = 16
+PASSES = 5
+BLOCK_SIZE = 32  # tokens of a cache block, as the engine's
+FEW_ROWS = 16
 _BLOCK_ROWS = 16  # of a packed weight; gate and up are joined where both are whole blocks
 _RANDOM_ROWS = 256
 
@@ -42,7 +42,7 @@ _RANDOM_ROWS = 256
 class Bench:
     """What every case needs. num_bytes: what a case rotates over. group: ranks that measure at once."""
 
-    ceiling: ReadCeiling
+    ceiling: Ceiling
     num_bytes: int
     group: dist.ProcessGroup | None
 
@@ -55,7 +55,7 @@ class Bench:
         """Rate of what reads `read` bytes in `seconds()`, between two readings of the ceiling."""
         rates = []
         self.ceiling.start_case()
-        for _ in range(_PASSES):
+        for _ in range(PASSES):
             self.start()
             rates.append(total(read / seconds() / 1e9, self.group))
         self.ceiling.read()
@@ -130,7 +130,7 @@ def few_rows(
             return linear_seconds(x, weights)[1]
 
         found = bench.bandwidth(seconds, read)
-        yield _row(name, quant, weights[0].group_size, n, k, count) | found
+        yield result(name, quant, weights[0].group_size, n, k, count) | found
 
 
 def _is_gated(name: str) -> bool:
@@ -145,7 +145,7 @@ def many_rows(name: str, quant: str, n: int, k: int, bench: Bench) -> dict[str, 
     x_bf16 = x.bfloat16()
     taken: tuple[list[float], list[float]] = ([], [])
     turns = (lambda: weight_only_linear(x, weight), lambda: F.linear(x_bf16, plain))
-    for _ in range(2 * _PASSES + 1):
+    for _ in range(2 * PASSES + 1):
         for seconds, run in zip(taken, turns, strict=True):
             bench.start()
             started = time.perf_counter()
@@ -154,10 +154,10 @@ def many_rows(name: str, quant: str, n: int, k: int, bench: Bench) -> dict[str, 
     operations = 2 * PREFILL_ROWS * n * k
     ours, theirs = (total(operations / statistics.median(seconds[1:]), bench.group) for seconds in taken)
     read = sum(tensor.nbytes for tensor in weight.tensors)
-    return _row(name, quant, weight.group_size, n, k, PREFILL_ROWS) | {
+    return result(name, quant, weight.group_size, n, k, PREFILL_ROWS) | {
         "gb_s": round(read * ours / operations / 1e9, 6),
         "tflop_s": round(ours / 1e12, 3),
-        "onednn_tflop_s": round(theirs / 1e12, 3),
+        "torch_tflop_s": round(theirs / 1e12, 3),
         "share": round(ours / theirs, 6),
     }
 
@@ -167,8 +167,8 @@ def attention(
 ) -> dict[str, Any]:
     """Decode attention of one row over `num_tokens` cached ones, over enough layers' caches."""
     heads, kv_heads = config.num_heads // world_size, max(1, config.num_kv_heads // world_size)
-    blocks = -(-num_tokens // _BLOCK_SIZE)
-    shape = (blocks, kv_heads, _BLOCK_SIZE, config.head_dim)
+    blocks = -(-num_tokens // BLOCK_SIZE)
+    shape = (blocks, kv_heads, BLOCK_SIZE, config.head_dim)
     one = 2 * num_tokens * kv_heads * config.head_dim * torch.bfloat16.itemsize
     caches = [
         (torch.randn(shape, dtype=torch.bfloat16), torch.randn(shape, dtype=torch.bfloat16))
@@ -186,10 +186,11 @@ def attention(
         return time.perf_counter() - started
 
     found = bench.bandwidth(seconds, one * len(caches))
-    return _row(name, "bf16 cache", 0, heads * config.head_dim, num_tokens, 1) | found
+    return result(name, "bf16 cache", 0, heads * config.head_dim, num_tokens, 1) | found
 
 
-def _row(name: str, quant: str, group: int, n: int, k: int, rows: int) -> dict[str, Any]:
+def result(name: str, quant: str, group: int, n: int, k: int, rows: int) -> dict[str, Any]:
+    """The fields that every row begins with."""
     return {
         "op": name,
         "quant": quant,
@@ -219,7 +220,8 @@ class Case:
         return f"{self.model} tp{self.world} {self.name}"
 
 
-def _config(model: str) -> ModelConfig:
+def config_of(model: str) -> ModelConfig:
+    """The shape of a model of configs/models."""
     entry = find(model)
     assert entry is not None, "the command line names known models only"
     return entry.config
@@ -229,7 +231,7 @@ def cases_of(args: Namespace, worlds: tuple[int, ...]) -> list[Case]:
     """Each shape and format once; several models and worlds may share one."""
     cases, seen = [], set()
     for model, world in itertools.product(args.models, worlds):
-        for (name, n, k), quant in itertools.product(linears(_config(model), world), args.quant):
+        for (name, n, k), quant in itertools.product(linears(config_of(model), world), args.quant):
             if (n, k, quant, _is_gated(name)) not in seen:
                 seen.add((n, k, quant, _is_gated(name)))
                 cases.append(Case(model, world, name, quant, n, k))
@@ -239,21 +241,32 @@ def cases_of(args: Namespace, worlds: tuple[int, ...]) -> list[Case]:
 
 def _rows_of(case: Case, rows: Sequence[int], bench: Bench) -> Iterator[dict[str, Any]]:
     if case.tokens:
-        yield attention(case.label, _config(case.model), case.world, case.tokens, bench)
+        yield attention(case.label, config_of(case.model), case.world, case.tokens, bench)
         return
-    few = [count for count in rows if count <= _FEW_ROWS]
+    few = [count for count in rows if count <= FEW_ROWS]
     if few:
         yield from few_rows(case.label, case.quant, case.n, case.k, few, bench)
-    if max(rows) > _FEW_ROWS:
+    if max(rows) > FEW_ROWS:
         yield many_rows(case.label, case.quant, case.n, case.k, bench)
+
+
+def _for_device(
+    args: Namespace, group: dist.ProcessGroup | None
+) -> tuple[Callable[[Case, Sequence[int], Bench], Iterator[dict[str, Any]]], Bench]:
+    """How a case is measured, and what it needs."""
+    if args.device == "cuda":
+        from . import kernels_cuda
+
+        return kernels_cuda.rows_of, kernels_cuda.bench_of(args.bytes, group)
+    num_bytes = args.bytes or ceiling_bytes()
+    return _rows_of, Bench(ReadCeiling(num_bytes, group), num_bytes, group)
 
 
 @torch.inference_mode()
 def measure(args: Namespace, group: dist.ProcessGroup | None, *, speaks: bool) -> list[dict[str, Any]]:
-    """All cases asked for, printed as they come by the rank that speaks."""
+    """All cases asked for, printed as they come by the rank that speaks. group: of CPU tensors."""
     world_size = 1 if group is None else group.size()
-    num_bytes = args.bytes or ceiling_bytes()
-    bench = Bench(ReadCeiling(num_bytes, group), num_bytes, group)
+    rows_of, bench = _for_device(args, group)
     most = torch.get_num_threads()
     results: list[dict[str, Any]] = []
     cases, counts = cases_of(args, args.worlds or (world_size,)), args.threads or (most,)
@@ -262,7 +275,7 @@ def measure(args: Namespace, group: dist.ProcessGroup | None, *, speaks: bool) -
         torch.set_num_threads(threads)
         bench.ceiling.restart()
         for case in cases:
-            rows = list(_rows_of(case, args.rows, bench))
+            rows = list(rows_of(case, args.rows, bench))
             results += [row | {"world_size": world_size} for row in rows]
             done = progress.step()
             if speaks:

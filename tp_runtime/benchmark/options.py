@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..config import EngineConfig
+from ..engine.device import pick_device
 from ..engine.source import resolve
 from ..errors import ConfigError, ModelNotFoundError
 from ..flags import SPELLED, Parser, add_engine_flags, configurations, quant_list
@@ -47,18 +48,22 @@ _EXAMPLES = {
     "kernels": """\
   tp-bench kernels --models llama-1b,llama-8b --quant none,int8,int4-g32,int4-g128 --threads 1,2
   tp-bench kernels --rows 1,4,512 --worlds 1,2 --json
+  tp-bench kernels --models llama-70b --worlds 2 --device cuda --quant int8,fp8,int4-g128
   tp-launch --nproc 2 --numa bench.py kernels --quant int8""",
     "collectives": """\
   tp-bench collectives --nproc 2 --json
+  tp-bench collectives --nproc 2 --device cuda --soak 1000000
   tp-bench collectives --nproc 2,4 --bytes 4096,16384,65536""",
     "decode": """\
   tp-bench decode --model llama-1b --quant int8 --nproc 1,2
   tp-bench decode --model llama-1b --prompt-tokens 512 --new-tokens 16 --json
   tp-bench decode --model llama-1b --quant int8 --context 8192 --new-tokens 32
   tp-bench decode --model llama-1b --quant int8 --contexts 128,8192 --new-tokens 32
-  tp-bench decode --model llama2-7b --layers 8 --quant int4 --startup""",
+  tp-bench decode --model llama2-7b --layers 8 --quant int4 --startup
+  tp-bench decode --model llama-70b --quant int8 --device cuda --nproc 1,2 --profile""",
     "scaling": """\
   tp-bench scaling --model llama-1b --nproc 1,2 --quant none,int8,int4 --output results
+  tp-bench scaling --model llama-70b --device cuda --nproc 1,2,4 --quant none,int8 --output results
   tp-bench scaling --predict 2x8480 --model llama-70b --quant int8,int4
   tp-bench scaling --predict my_host.toml --model llama-8b --nproc 1,2,4""",
     "peers": """\
@@ -97,9 +102,16 @@ def parse(words: Sequence[str], *, in_job: bool) -> Options:
     args = parser.parse_args(list(words[1:]))
     _check_numbers(args)
     _check_contexts(args)
+    if getattr(args, "soak", 0) and args.device == "cpu":
+        raise ConfigError(f"--soak {args.soak} is for the sums of GPUs; add --device cuda")
     if mode in ("scaling", "peers") and args.batch > 1:
         raise ConfigError(f"--batch {args.batch} is for decode alone; {mode} compares at batch 1")
-    return Options(mode, args, _engine(args) if mode in ("decode", "scaling", "peers") else None)
+    engine = _engine(args) if mode in ("decode", "scaling", "peers") else None
+    if getattr(args, "profile", False) and engine is not None and pick_device(engine) == "cpu":
+        raise ConfigError(
+            "--profile times the kernels of a GPU and this run is on the CPU; add --device cuda"
+        )
+    return Options(mode, args, engine)
 
 
 def _add_ranks(parser: Parser, mode: str) -> None:
@@ -146,13 +158,20 @@ def _add_kernels(parser: Parser) -> None:
     add("--rows", type=counts, default=(1, 4), metavar="N,...", help="1 to 16, or 512 for prefill (1,4)")
     add("--attention", type=counts, default=(), metavar="TOKENS,...", help="attention over so many, too")
     add("--bytes", type=int, metavar="N", help="weights a case rotates over (8 x the last-level cache)")
+    _add_device(parser)
     add("--json", action="store_true", help="the last line of stdout is one JSON document")
 
 
 def _add_collectives(parser: Parser) -> None:
     add = parser.add_argument
-    add("--bytes", type=counts, metavar="N,...", help="message sizes (64 B to 4 MiB)")
+    add("--bytes", type=counts, metavar="N,...", help="message sizes (64 B to 4 MiB; GPUs: 8 KiB to 16 MiB)")
+    _add_device(parser)
+    add("--soak", type=int, default=0, metavar="N", help="GPUs: N more sums with pauses, all checked (0)")
     add("--json", action="store_true", help="the last line of stdout is one JSON document")
+
+
+def _add_device(parser: Parser) -> None:
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="whose (cpu)")
 
 
 def _add_decode(parser: Parser) -> None:
@@ -165,6 +184,7 @@ def _add_decode(parser: Parser) -> None:
         action="store_true",
         help="only load, answer with one token, and say how long it took",
     )
+    add("--profile", action="store_true", help="GPUs: also time a token, and a prompt, by kernel")
     add_engine_flags(parser)
 
 
@@ -190,7 +210,7 @@ def _add_scaling(parser: Parser) -> None:
     add = parser.add_argument
     add("--rounds", type=int, default=3, metavar="N", help="each case is run so often, turn by turn (3)")
     _add_startup(parser)
-    add("--output", metavar="DIR", help="write scaling.json, scaling.md and scaling.png there")
+    add("--output", metavar="DIR", help="scaling.{json,md,png}; runs found there are not made again")
     add("--predict", metavar="HOST", help="measure nothing: predict HOST.toml, or a name of configs/hosts")
     add_engine_flags(parser, several_quants=True)
 
@@ -254,9 +274,21 @@ def _check_numbers(args: Namespace) -> None:
     for name in getattr(args, "models", ()):
         if registry.find(name) is None:
             raise ConfigError(f"no model is called {name!r}; the names are {', '.join(registry.names())}")
+    if hasattr(args, "models"):
+        _check_kernels(args)
     for rows in getattr(args, "rows", ()):
         if rows > 16 and rows != 512:
             raise ConfigError(f"--rows {rows} is not measured; give 1 to 16 for decoding or 512 for prefill")
+
+
+def _check_kernels(args: Namespace) -> None:
+    """Refuse formats that the device has no kernel for."""
+    other = ("int8-g32",) if args.device == "cuda" else ("fp8",)
+    for quant in other:
+        if quant in args.quant:
+            raise ConfigError(f"--quant {quant} has no kernel for --device {args.device}; leave it out")
+    if args.device == "cuda" and args.threads is not None:
+        raise ConfigError("--threads is for CPUs; leave it out with --device cuda")
 
 
 def _check_contexts(args: Namespace) -> None:

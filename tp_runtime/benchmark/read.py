@@ -12,25 +12,23 @@ from ..kernels.cpu.read_ceiling import STREAMS
 _PASSES = 3
 
 
-class ReadCeiling:
-    """Memory kept for reading, and the best rate seen. Every rank makes and reads one.
+class Ceiling:
+    """Readings of what the ranks' memory gives, all at once. Every rank makes and reads one.
 
-    num_bytes: what this rank reads. group: the ranks that read at once; None: this one alone.
-    Raises KernelBuildError where the C++ kernels cannot be built.
+    group: the ranks that read at once; None: this one alone.
     """
 
-    def __init__(self, num_bytes: int, group: dist.ProcessGroup | None = None) -> None:
-        build.load()
-        self._memory: Tensor = torch.ops.tp_cpu.empty_weight(num_bytes)
-        self._memory.fill_(1)  # or the kernel would map all of it to one page of zeros
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
         self._group = group
         self.readings: list[float] = []
 
     def read(self) -> float:
-        """The ranks' rates together, GB/s, at the best number of streams."""
-        best = max(self._together(streams) for streams in STREAMS for _ in range(_PASSES))
-        self.readings.append(best)
-        return best
+        """The ranks' rates together, GB/s."""
+        self.readings.append(self._reading())
+        return self.readings[-1]
+
+    def _reading(self) -> float:
+        raise NotImplementedError
 
     @property
     def best(self) -> float:
@@ -46,6 +44,22 @@ class ReadCeiling:
         """Forget earlier readings but the last, which is the one before the case, and read again."""
         del self.readings[:-1]
         self.read()
+
+
+class ReadCeiling(Ceiling):
+    """Memory kept for reading by the CPUs, at the best number of streams a thread.
+
+    num_bytes: what this rank reads. Raises KernelBuildError where the C++ kernels cannot be built.
+    """
+
+    def __init__(self, num_bytes: int, group: dist.ProcessGroup | None = None) -> None:
+        super().__init__(group)
+        build.load()
+        self._memory: Tensor = torch.ops.tp_cpu.empty_weight(num_bytes)
+        self._memory.fill_(1)  # or the kernel would map all of it to one page of zeros
+
+    def _reading(self) -> float:
+        return max(self._together(streams) for streams in STREAMS for _ in range(_PASSES))
 
     def _together(self, streams: int) -> float:
         if self._group is not None:

@@ -3,8 +3,12 @@
 Every round runs each case once, in a job of its own, so that a slow minute of the host falls on all of
 them; a case's figure is the median over rounds. What the model knows of this host is measured in the same
 runs: the read ceiling of each number of ranks, and the all-reduce of the step's size. Figures of the two
-constants it is fitted with come from the points of the fewest ranks; all others are predictions. No torch
-here.
+constants it is fitted with come from the points of the fewest ranks; all others are predictions. Beside them
+stands what each format's own step over the fewest ranks predicts: its weights over the ceiling, its sums, and
+the rest as it was.
+
+A case that cannot fit, or that fails, is left out with a sentence. With --output, runs are kept as they end
+and not made again by the same command on the same code and host. No torch here.
 """
 
 from __future__ import annotations
@@ -14,16 +18,18 @@ import statistics
 import sys
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..config import EngineConfig
 from ..engine.source import resolve
-from ..errors import ConfigError
+from ..errors import LaunchError, MemoryLimitError
 from ..models.config import ModelConfig
 from . import plot, startup
 from .definitions import Spread
-from .launching import Progress, run_ranks
+from .kept import KeptRuns, write_files
+from .launching import Progress, RunFailed, run_ranks
 from .options import Options, check_engine, engine_words, quants
 from .predict import Fit, Host, Prediction, find_host, fit_overhead, predict
 
@@ -54,23 +60,32 @@ def _predicted(options: Options, name: str, model: ModelConfig) -> dict[str, Any
     return {"model": name, "host": host.name, "fit": vars(fit), "predictions": rows}
 
 
+@dataclass(frozen=True)
+class Case:
+    """One format over some ranks. words: the command line of its decode."""
+
+    engine: EngineConfig
+    ranks: int
+    words: tuple[str, ...]
+
+    @property
+    def key(self) -> tuple[str, int]:
+        return self.engine.quant, self.ranks
+
+    def left_out(self, why: str) -> dict[str, Any]:
+        """As the document has it; said on stderr, too."""
+        sys.stderr.write(f"{self.engine.quant} over {self.ranks} ranks is left out: {why}\n")
+        return {"quant": self.engine.quant, "world_size": self.ranks, "why": why}
+
+
 def _measured(options: Options, name: str, model: ModelConfig) -> dict[str, Any]:
-    args, nproc = options.args, options.args.nproc or (1,)
-    cases = [(engine, ranks) for engine in _engines(options) for ranks in nproc]
-    for engine, ranks in cases:
-        check_engine(Options("decode", args, engine), ranks)
-    runs: dict[tuple[str, int], list[dict[str, Any]]] = {}
-    progress = Progress(len(cases) * args.rounds)
-    for turn in range(args.rounds):
-        for engine, ranks in cases:
-            words = ["decode", *engine_words(engine, args)]
-            found = run_ranks(words, ranks, numa=not args.no_numa, timeout_s=args.timeout)
-            if args.startup and turn == 0:
-                found |= startup.measure(words, ranks, numa=not args.no_numa, timeout_s=args.timeout)
-            runs.setdefault((engine.quant, ranks), []).append(found)
-            sys.stdout.write(progress.step() + "\n")
-            sys.stdout.flush()
-    reduce_us = {ranks: _all_reduce_us(model, ranks, args) for ranks in nproc if ranks > 1}
+    args = options.args
+    kept = KeptRuns(_folder(args), "scaling_runs.json")
+    cases, left_out = _cases(options)
+    runs, failed = _runs(cases, kept, args)
+    last = [found[-1] for found in runs.values()][-1]
+    several = sorted({ranks for _, ranks in runs if ranks > 1})
+    reduce_us = {ranks: _all_reduce_us(model, ranks, last["device"], kept, args) for ranks in several}
     points = [_point(found) for found in runs.values()]
     rows, fit = _over_model(options, model, points, reduce_us)
     return {
@@ -80,8 +95,74 @@ def _measured(options: Options, name: str, model: ModelConfig) -> dict[str, Any]
         "fit": vars(fit),
         "all_reduce_us": reduce_us,
         "scaling": rows,
-        "card": runs[cases[-1][0].quant, cases[-1][1]][-1]["card"],
+        "left_out": left_out + failed,
+        "card": last["card"],
     }
+
+
+def _cases(options: Options) -> tuple[list[Case], list[dict[str, Any]]]:
+    """What can be measured, and what has no room here. Raises TPError, also where nothing has room."""
+    args, cases, left_out = options.args, [], []
+    small: MemoryLimitError | None = None
+    for engine in _engines(options):
+        for ranks in args.nproc or (1,):
+            words = ("decode", *engine_words(engine, args))
+            case = Case(engine, ranks, words)
+            try:
+                check_engine(Options("decode", args, engine), ranks)
+            except MemoryLimitError as error:
+                small = error
+                left_out.append(case.left_out(str(error)))
+            else:
+                cases.append(case)
+    if small is not None and not cases:
+        raise small
+    return cases, left_out
+
+
+def _runs(
+    cases: Sequence[Case], kept: KeptRuns, args: Namespace
+) -> tuple[dict[tuple[str, int], list[dict[str, Any]]], list[dict[str, Any]]]:
+    """Documents of each case by round, and the cases that failed, which have none.
+
+    Raises what the last one raised where all of them failed.
+    """
+    runs: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    failed: dict[tuple[str, int], dict[str, Any]] = {}
+    trouble: RunFailed | LaunchError | None = None
+    turns = [(turn, case) for turn in range(args.rounds) for case in cases]
+    progress = Progress(sum(kept.find(_marked(case, args), case.ranks, turn) is None for turn, case in turns))
+    for turn, case in turns:
+        if case.key in failed:
+            continue
+        found = kept.find(_marked(case, args), case.ranks, turn)
+        if found is None:
+            try:
+                found = _run(case, args, with_startup=args.startup and turn == 0)
+            except (RunFailed, LaunchError) as error:
+                trouble = error
+                failed[case.key] = case.left_out(str(error))
+                runs.pop(case.key, None)
+                continue
+            kept.keep(_marked(case, args), case.ranks, turn, found)
+            sys.stdout.write(progress.step() + "\n")
+            sys.stdout.flush()
+        runs.setdefault(case.key, []).append(found)
+    if trouble is not None and not runs:
+        raise trouble
+    return runs, list(failed.values())
+
+
+def _marked(case: Case, args: Namespace) -> tuple[str, ...]:
+    """The words that a run is kept by: fresh starts are part of it."""
+    return (*case.words, "--startup") if args.startup else case.words
+
+
+def _run(case: Case, args: Namespace, *, with_startup: bool) -> dict[str, Any]:
+    found = run_ranks(case.words, case.ranks, numa=not args.no_numa, timeout_s=args.timeout)
+    if with_startup:
+        found |= startup.measure(case.words, case.ranks, numa=not args.no_numa, timeout_s=args.timeout)
+    return found
 
 
 def _engines(options: Options) -> Iterator[EngineConfig]:
@@ -90,11 +171,15 @@ def _engines(options: Options) -> Iterator[EngineConfig]:
         yield options.engine.with_changes(quant=quant)
 
 
-def _all_reduce_us(model: ModelConfig, ranks: int, args: Namespace) -> float:
+def _all_reduce_us(model: ModelConfig, ranks: int, device: str, kept: KeptRuns, args: Namespace) -> float:
     """Median of a reduction of the step's size, in a compiled chain, over whatever transport serves it."""
     num_bytes = model.hidden_size * _FP32_BYTES
-    words = ["collectives", "--bytes", str(num_bytes)]
-    rows = run_ranks(words, ranks, numa=not args.no_numa, timeout_s=args.timeout, quiet=True)["collectives"]
+    words = ["collectives", "--bytes", str(num_bytes), *(["--device", device] if device != "cpu" else [])]
+    found = kept.find(words, ranks)
+    if found is None:
+        found = run_ranks(words, ranks, numa=not args.no_numa, timeout_s=args.timeout, quiet=True)
+        kept.keep(words, ranks, 0, found)
+    rows = found["collectives"]
     ours = [r for r in rows if r["op"] == "all_reduce" and r["in_compiled"] and r["dtype"] == "float32"]
     return float(ours[0]["p50_us"])
 
@@ -105,7 +190,7 @@ def _point(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
     shares = [run["mbu"] for run in found if run["mbu"] is not None]
     kept = (
         "quant", "world_size", "threads", "dtype", "weight_bytes_per_token", "cache_resident", "layers",
-        "compile_cold_s", "compile_warm_s",
+        "compile_cold_s", "compile_warm_s", "device", "peak_device_bytes",
     )  # fmt: skip
     return {
         **{name: found[0][name] for name in kept},
@@ -128,27 +213,37 @@ def _over_model(
 ) -> tuple[list[dict[str, Any]], Fit]:
     """The points, each with what the model says of it."""
     fewest = min(point["world_size"] for point in points)
-    bare = Fit(1.0, 0.0)
+    bare = {id(point): _modelled(options, model, point, reduce_us, Fit(1.0, 0.0)) for point in points}
     base = [
-        (_modelled(options, model, point, reduce_us, bare), 1e3 / point["tok_s"])
+        (bare[id(point)].weights_ms, _step_ms(point) - bare[id(point)].collectives_ms)
         for point in points
         if point["world_size"] == fewest
     ]
-    fit = fit_overhead([(p.weights_ms, taken - p.collectives_ms) for p, taken in base], fewest)
+    fit = fit_overhead(base, fewest)
     rows = []
     for point in points:
         says = _modelled(options, model, point, reduce_us, fit)
-        one = [p for p in points if p["quant"] == point["quant"] and p["world_size"] == fewest]
+        one = min((p for p in points if p["quant"] == point["quant"]), key=lambda p: int(p["world_size"]))
+        mine, its = bare[id(point)], bare[id(one)]
+        rest_ms = _step_ms(one) - its.weights_ms - its.collectives_ms
+        predicted_ms = mine.weights_ms + mine.collectives_ms + rest_ms
         rows.append(
             {
                 **point,
-                "over_fewest": point["tok_s"] / one[0]["tok_s"],
+                "fewest": one["world_size"],
+                "over_fewest": point["tok_s"] / one["tok_s"],
+                "over_fewest_predicted": _step_ms(one) / predicted_ms,
+                "collectives_share": mine.collectives_ms / _step_ms(point),
                 "model_tok_s": says.tok_s,
                 "model": says.to_dict(),
                 "is_fitted": point["world_size"] == fewest,
             }
         )
     return rows, fit
+
+
+def _step_ms(point: dict[str, Any]) -> float:
+    return 1e3 / float(point["tok_s"])
 
 
 def _modelled(
@@ -181,33 +276,40 @@ def markdown(document: dict[str, Any]) -> str:
     lines += [f"- {key}: {value}" for key, value in document["card"].items()]
     lines += [f"- rounds: {document['rounds']}, fit: {document['fit']}", ""]
     lines += [
-        "| quant | ranks x threads | tokens/s (p10..p90) | over fewest ranks | MBU | ceiling GB/s | model | "
-        "prefill share |"
+        "| quant | ranks x threads | tokens/s (p10..p90) | over fewest ranks | predicted | collectives | "
+        "MBU | ceiling GB/s | model | prefill share |"
     ]
-    lines += ["|---|---|---|---|---|---|---|---|"]
+    lines += ["|---|---|---|---|---|---|---|---|---|---|"]
     for r in document["scaling"]:
         share = "-" if r["mbu"] is None else f"{r['mbu']:.3f}"
         says = f"{r['model_tok_s']:.2f}" + (" (fitted)" if r["is_fitted"] else "")
+        each = "GPU" if r["device"] == "cuda" else r["threads"]
         lines.append(
-            f"| {r['quant']} | {r['world_size']} x {r['threads']} | {r['tok_s']:.2f} ({r['tok_s_p10']:.2f}.."
-            f"{r['tok_s_p90']:.2f}) | {r['over_fewest']:.2f} | {share} | "
+            f"| {r['quant']} | {r['world_size']} x {each} | {r['tok_s']:.2f} ({r['tok_s_p10']:.2f}.."
+            f"{r['tok_s_p90']:.2f}) | {r['over_fewest']:.2f} of {r['fewest']} | "
+            f"{r['over_fewest_predicted']:.2f} | {r['collectives_share']:.3f} | {share} | "
             f"{r['read_ceiling_gb_s']:.1f} | {says} | {r['prefill_share']:.3f} |"
         )
+    lines += [
+        "",
+        *(f"- all_reduce of {ranks} ranks: {us:.2f} us" for ranks, us in document["all_reduce_us"].items()),
+    ]
+    lines += [
+        f"- {each['quant']} over {each['world_size']} ranks left out: {each['why']}"
+        for each in document["left_out"]
+    ]
     return "\n".join(lines) + "\n"
+
+
+def _folder(args: Namespace) -> Path | None:
+    return None if args.output is None else Path(args.output).expanduser()
 
 
 def _write(document: dict[str, Any], args: Namespace) -> None:
     """Tables to stdout; with --output files too."""
-    sys.stdout.write(markdown(document))
-    if args.output is None:
-        return
-    folder = Path(args.output).expanduser()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "scaling.json").write_text(json.dumps(document, indent=1) + "\n")
-        (folder / "scaling.md").write_text(markdown(document))
-    except OSError as error:
-        raise ConfigError(
-            f"--output {folder} cannot be written: {error.strerror}; give another folder"
-        ) from None
-    plot.write(document, folder / "scaling.png")
+    table, folder = markdown(document), _folder(args)
+    sys.stdout.write(table)
+    if folder is not None:
+        document_text = json.dumps(document, indent=1) + "\n"
+        write_files(folder, {"scaling.json": document_text, "scaling.md": table})
+        plot.write(document, folder / "scaling.png")

@@ -18,6 +18,7 @@ from typing import Any
 
 from ..errors import ConfigError
 from .card import commit
+from .kept import read_document, write_files
 from .launching import RunFailed, run_program
 from .options import Options
 from .target_rows import Documents, Row, rows
@@ -31,7 +32,7 @@ def run(options: Options) -> dict[str, Any]:
         if name not in known:
             raise ConfigError(f"--rows has no {name!r}; the rows are {', '.join(known)}")
     folder = Path(args.output).expanduser()
-    document, started, left = _before(folder), time.monotonic(), []
+    document, started, left = read_document(folder / "targets.json", {"rows": {}}), time.monotonic(), []
     for name in args.only or known:
         row, spent = known[name], (time.monotonic() - started) / 60
         if _is_kept(document["rows"].get(name), at):
@@ -70,21 +71,9 @@ def _measured(row: Row, at: str | None, timeout_s: float) -> dict[str, Any]:
     return result | {"figures": figures, "minutes": minutes, "documents": found}
 
 
-def _before(folder: Path) -> dict[str, Any]:
-    path = folder / "targets.json"
-    try:
-        return dict(json.loads(path.read_text())) if path.exists() else {"rows": {}}
-    except (OSError, ValueError):
-        raise ConfigError(f"{path} cannot be read; move it away, or give another --output") from None
-
-
 def _write(folder: Path, document: dict[str, Any]) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "targets.json").write_text(json.dumps(document, indent=1) + "\n")
-        (folder / "targets.md").write_text(markdown(document))
-    except OSError as error:
-        raise ConfigError(f"--output {folder} cannot be written: {error.strerror}; give another") from None
+    files = {"targets.json": json.dumps(document, indent=1) + "\n", "targets.md": markdown(document)}
+    write_files(folder, files)
 
 
 def markdown(document: dict[str, Any]) -> str:

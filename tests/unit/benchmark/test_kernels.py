@@ -14,6 +14,7 @@ from tp_runtime.kernels.linear import weight_only_linear
 
 pytestmark = pytest.mark.skipif(not build.available(), reason="the C++ kernels are not built here")
 CASES = Namespace(
+    device="cpu",
     models=("smollm2-135m",), worlds=(1,), quant=("int8",), threads=(1, 2), rows=(1,), attention=(), bytes=1 << 20
 )  # fmt: skip
 
