@@ -3,9 +3,10 @@
 Copies of a weight worth 600 MB run back to back in one CUDA graph, so that the L2 holds none of them; the
 time is the median replay over the number of copies. Tiles are compiled by many processes first.
 
-    python benchmarks/cuda_gemv.py [--models llama-70b/2,llama-8b/1] [--kinds int8,int4-g128] [--rows 1]
+    python benchmarks/cuda_gemv.py [--models llama-70b/2,llama-8b/1] [--kinds int8,none] [--rows 1]
         [--chosen] [--json FILE]
 
+Weights and launches are those of tp-bench kernels --device cuda, which measures the runtime's own tiles.
 --chosen: only the tile that the runtime takes; without it every candidate is timed, and the best are shown.
 """
 
@@ -21,7 +22,6 @@ import time
 from typing import Any
 
 Shape = tuple[str, str, int, int, bool]  # model/ranks, linear, outputs, inputs, whether it is gated
-COPIES_BYTES = 600 << 20
 # (outputs a tile, bytes of each row a tile, warps, stages); int4's bytes follow from the group.
 TILES = [
     (16, 256, 1, 4), (16, 512, 1, 4), (16, 256, 1, 6), (32, 256, 1, 4), (32, 256, 2, 4), (32, 512, 2, 4),
@@ -55,29 +55,9 @@ def shapes_of(models: str) -> list[Shape]:
     return found
 
 
-def make_weights(kind: str, n: int, k: int, copies: int) -> list[tuple[Any, ...]]:
-    """`copies` packed weights of random bytes (scales of a sane size) on the GPU."""
-    import torch
-
-    def scales(*shape: int) -> Any:
-        return torch.rand(shape, device="cuda") / 1000
-
-    made: list[tuple[Any, ...]] = []
-    for _ in range(copies):
-        if kind == "bf16":
-            made.append((torch.randn(n, k, device="cuda", dtype=torch.bfloat16),))
-        elif kind in ("int8", "fp8"):
-            q = torch.randint(-80, 80, (n, k), device="cuda", dtype=torch.int8)
-            made.append((q if kind == "int8" else q.view(torch.float8_e4m3fn), scales(n)))
-        else:
-            group = int(kind.removeprefix("int4-g"))
-            q = torch.randint(0, 256, (n, k // 2), device="cuda", dtype=torch.uint8)
-            made.append((q, scales(k // group // 2, n, 2).half().view(torch.int32).squeeze(-1)))
-    return made
-
-
 def candidates(kind: str, shape: Shape, chosen: bool) -> list[Any]:
     """Tiles to time: every one, or the runtime's."""
+    from tp_runtime.benchmark.kernels_cuda import make_weights
     from tp_runtime.kernels.cuda.linear import Tile, choose_tile
 
     _, _, n, k, gated = shape
@@ -89,31 +69,8 @@ def candidates(kind: str, shape: Shape, chosen: bool) -> list[Any]:
         group = int(kind.removeprefix("int4-g"))
         return [Tile(bn, 2 * group, s, warps, stages) for (bn, warps, stages) in INT4_TILES for s in splits]
     for (bn, row_bytes, warps, stages), s in itertools.product(TILES, splits):
-        found.append(Tile(bn, row_bytes // (2 if kind == "bf16" else 1), s, warps, stages))
+        found.append(Tile(bn, row_bytes // (2 if kind == "none" else 1), s, warps, stages))
     return found
-
-
-def chain(kind: str, shape: Shape, tile: Any, weights: list[tuple[Any, ...]], x: Any, sums: Any) -> Any:
-    """A function that multiplies with each weight in turn."""
-    import torch
-
-    from tp_runtime.kernels.cuda.linear import gemv_
-
-    _, _, n, _, gated = shape
-    y = torch.empty((tile.splits, x.shape[0], n // 2 if gated else n), device="cuda")
-    group = int(kind.removeprefix("int4-g")) if kind.startswith("int4") else 0
-
-    def run() -> None:
-        for tensors in weights:
-            gemv_(x, tensors, y, group_size=group, gated=gated, sums=sums, eps=1e-5, tile=tile)
-
-    return run
-
-
-def operands(rows: int, k: int) -> tuple[Any, Any]:
-    import torch
-
-    return torch.randn(rows, k, device="cuda", dtype=torch.bfloat16), torch.rand(rows, 8, device="cuda") * k
 
 
 def compile_some(
@@ -121,6 +78,8 @@ def compile_some(
 ) -> None:
     """This process's share of the tiles, launched once: Triton keeps the result on disk."""
     import torch
+
+    from tp_runtime.benchmark.kernels_cuda import chain, make_weights
 
     jobs: dict[tuple[Any, ...], tuple[str, Shape, Any]] = {}
     for kind, shape in itertools.product(kinds, shapes):
@@ -131,9 +90,9 @@ def compile_some(
                 (kind, shape[4], tile.bn, tile.bk, tile.warps, tile.stages, even), (kind, shape, tile)
             )
     for kind, shape, tile in list(jobs.values())[part::parts]:
-        x, sums = operands(rows, shape[3])
+        _, _, n, k, gated = shape
         try:
-            chain(kind, shape, tile, make_weights(kind, shape[2], shape[3], 1), x, sums)()
+            chain(kind, make_weights(kind, n, k, 1), rows, k, tile, gated=gated, norm=True)()
             torch.cuda.synchronize()
         except Exception as error:  # noqa: BLE001  (a tile too large for shared memory is no answer)
             print(f"{kind} {shape} {tile}: {str(error)[:80]}", file=sys.stderr)
@@ -144,6 +103,7 @@ def measure(
 ) -> list[dict[str, Any]]:
     import torch
 
+    from tp_runtime.benchmark.kernels_cuda import COPIES_BYTES, chain, make_weights
     from tp_runtime.kernels.cuda.read_ceiling import graph_seconds
 
     found = []
@@ -152,11 +112,10 @@ def measure(
         one = make_weights(kind, n, k, 1)
         size = sum(each.nbytes for each in one[0])
         weights = one + make_weights(kind, n, k, max(2, COPIES_BYTES // size))
-        x, sums = operands(rows, k)
         times = []
         for tile in candidates(kind, shape, chosen):
             try:
-                run = chain(kind, shape, tile, weights, x, sums)
+                run = chain(kind, weights, rows, k, tile, gated=gated, norm=True)
                 times.append((graph_seconds(run, 3) / len(weights) * 1e6, tile))
             except Exception:  # noqa: BLE001  (said while compiling)
                 continue
@@ -179,7 +138,7 @@ def measure(
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--models", default="llama-70b/2")
-    parser.add_argument("--kinds", default="int8,int4-g128,bf16,fp8,int4-g32")
+    parser.add_argument("--kinds", default="int8,int4-g128,none,fp8,int4-g32")
     parser.add_argument("--rows", type=int, default=1)
     parser.add_argument("--chosen", action="store_true")
     parser.add_argument("--json")
