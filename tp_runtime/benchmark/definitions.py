@@ -6,7 +6,8 @@ read ceiling      the best that any of 1, 2, 4 and 8 streams a thread reads, in 
                   one of the readings cannot flatter the case. Another number of threads has its own.
 kernels           run over rotating copies of their weight, together as large as the memory of the ceiling,
                   in a loop in C++, which is where the engine's step calls them. (Attention, whose calls take
-                  far longer, and the matmuls of many rows are called from Python.)
+                  far longer, and the matmuls of many rows are called from Python.) On GPUs all of them are
+                  captured CUDA graphs; linears of few rows take bf16 activations.
 weight bytes      of a token: the unsharded model's matmul weights and scales at the stated format, a tied
                   head once, no padding, no copies (engine/figures.py computes it).
 mbu               weight bytes x steps a second / read ceiling. A step makes one token of each row of the
