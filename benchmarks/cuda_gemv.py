@@ -33,6 +33,7 @@ INT4_TILES = [
     (64, 4, 4), (64, 4, 6), (128, 4, 3), (128, 8, 3),
 ]  # fmt: skip
 SPLITS = (1, 2, 4, 8)
+NUM_SUMS = 8  # of every linear's norm, so that tiles of all shapes are compiled once
 
 
 def shapes_of(models: str) -> list[Shape]:
@@ -92,7 +93,7 @@ def compile_some(
     for kind, shape, tile in list(jobs.values())[part::parts]:
         _, _, n, k, gated = shape
         try:
-            chain(kind, make_weights(kind, n, k, 1), rows, k, tile, gated=gated, norm=True)()
+            chain(kind, make_weights(kind, n, k, 1), rows, k, tile, gated=gated, num_sums=NUM_SUMS)()
             torch.cuda.synchronize()
         except Exception as error:  # noqa: BLE001  (a tile too large for shared memory is no answer)
             print(f"{kind} {shape} {tile}: {str(error)[:80]}", file=sys.stderr)
@@ -115,7 +116,7 @@ def measure(
         times = []
         for tile in candidates(kind, shape, chosen):
             try:
-                run = chain(kind, weights, rows, k, tile, gated=gated, norm=True)
+                run = chain(kind, weights, rows, k, tile, gated=gated, num_sums=NUM_SUMS)
                 times.append((graph_seconds(run, 3) / len(weights) * 1e6, tile))
             except Exception:  # noqa: BLE001  (said while compiling)
                 continue

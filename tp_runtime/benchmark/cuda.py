@@ -111,10 +111,15 @@ def _matmul_seconds(m: int, n: int, k: int) -> float:
     return seconds_of(lambda: torch.mm(x, weight.t(), out=out), _MATMUL_REPEAT)
 
 
+def finish(group: dist.ProcessGroup) -> None:
+    """Wait until no rank's GPU reaches into another's memory any more. group: of CPU tensors."""
+    torch.cuda.synchronize()
+    dist.barrier(group)
+
+
 def release() -> None:
     """Give back what nobody holds any more: a model's weights, before matmuls need room."""
     gc.collect()
-    torch.cuda.synchronize()
     torch.cuda.empty_cache()
 
 

@@ -56,6 +56,7 @@ def measure(args: Namespace, engine: EngineConfig) -> tuple[dict[str, Any], bool
             document |= cuda.profiles(llm, args.prompt_tokens, args.new_tokens, args.batch)
     config, world_size, speaks = llm.built.model_config, llm.world_size, llm.rank == 0
     if document["device"] == "cuda":
+        cuda.finish(group)
         del llm
         cuda.release()
         rate = cuda.matmul_rate(config, world_size, args.prompt_tokens, group)

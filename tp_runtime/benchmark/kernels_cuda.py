@@ -66,18 +66,18 @@ def group_size_of(quant: str) -> int:
 
 def chain(
     quant: str, weights: Sequence[tuple[torch.Tensor, ...]], rows: int, k: int, tile: Any, *, gated: bool,
-    norm: bool,
+    num_sums: int,
 ) -> Callable[[], None]:  # fmt: skip
     """A function that multiplies `rows` rows with each weight in turn, as the engine's step does.
 
-    weights: of make_weights. tile: of kernels.cuda.linear. norm: the rows are normalised on the way.
+    weights: of make_weights. tile: of kernels.cuda.linear. num_sums: of squares that a row's norm is made of
+    on the way; 0: it is not normalised.
     """
-    from ..engine.cuda_decode import pieces_of
     from ..kernels.cuda.linear import launch_gemv
 
     n = weights[0][0].shape[0] // (2 if gated else 1)
     x = torch.randn(rows, k, device="cuda", dtype=torch.bfloat16)
-    sums = torch.rand(rows, pieces_of(k)[0], device="cuda") * k if norm else None
+    sums = torch.rand(rows, num_sums, device="cuda") * k if num_sums else None
     dtype = torch.bfloat16 if gated else torch.float32
     y = torch.empty((tile.splits, rows, n), device="cuda", dtype=dtype)
     group = group_size_of(quant)
@@ -106,6 +106,7 @@ def rows_of(case: Case, rows: Sequence[int], bench: Bench) -> Iterator[dict[str,
 
 
 def _few_rows(case: Case, rows: Sequence[int], bench: Bench) -> Iterator[dict[str, Any]]:
+    from ..engine.cuda_decode import pieces_of
     from ..kernels.cuda.linear import choose_tile
 
     gated = case.name == "gate_up"
@@ -113,9 +114,9 @@ def _few_rows(case: Case, rows: Sequence[int], bench: Bench) -> Iterator[dict[st
     size = sum(each.nbytes for each in weights[0])
     weights += make_weights(case.quant, case.n, case.k, max(1, -(-bench.num_bytes // size) - 1))
     tile = choose_tile(weights[0][0], case.k, 1, gated=gated, split=case.name != "head")
+    num_sums = 0 if case.name in _PLAIN_SUMS else pieces_of(case.k)[0]
     for count in rows:
-        norm = case.name not in _PLAIN_SUMS
-        run = chain(case.quant, weights, count, case.k, tile, gated=gated, norm=norm)
+        run = chain(case.quant, weights, count, case.k, tile, gated=gated, num_sums=num_sums)
         found = bench.bandwidth(_timed(run), size * len(weights))
         yield result(case.label, case.quant, group_size_of(case.quant), case.n, case.k, count) | found
 
