@@ -56,7 +56,8 @@ _EXAMPLES = {
   tp-bench decode --model llama-1b --prompt-tokens 512 --new-tokens 16 --json
   tp-bench decode --model llama-1b --quant int8 --context 8192 --new-tokens 32
   tp-bench decode --model llama-1b --quant int8 --contexts 128,8192 --new-tokens 32
-  tp-bench decode --model llama2-7b --layers 8 --quant int4 --startup""",
+  tp-bench decode --model llama2-7b --layers 8 --quant int4 --startup
+  tp-bench decode --model llama-8b --quant int8 --draft llama-1b --force-acceptance 0.8""",
     "scaling": """\
   tp-bench scaling --model llama-1b --nproc 1,2 --quant none,int8,int4 --output results
   tp-bench scaling --predict 2x8480 --model llama-70b --quant int8,int4
@@ -99,7 +100,10 @@ def parse(words: Sequence[str], *, in_job: bool) -> Options:
     _check_contexts(args)
     if mode in ("scaling", "peers") and args.batch > 1:
         raise ConfigError(f"--batch {args.batch} is for decode alone; {mode} compares at batch 1")
-    return Options(mode, args, _engine(args) if mode in ("decode", "scaling", "peers") else None)
+    engine = _engine(args) if mode in ("decode", "scaling", "peers") else None
+    if engine is not None:
+        _check_forced(getattr(args, "force_acceptance", None), engine)
+    return Options(mode, args, engine)
 
 
 def _add_ranks(parser: Parser, mode: str) -> None:
@@ -159,6 +163,7 @@ def _add_decode(parser: Parser) -> None:
     _add_case(parser)
     add = parser.add_argument
     add("--contexts", type=counts, default=(), metavar="N,...", help="decode at these depths, turn by turn")
+    add("--force-acceptance", type=float, metavar="P", help="drafted tokens stand with P (random weights)")
     _add_startup(parser)
     add(
         "--first-token",
@@ -295,6 +300,27 @@ def _engine(args: Namespace) -> EngineConfig:
             raise
         return replace(engine, random_weights=True)
     return engine
+
+
+def _check_forced(wanted: float | None, engine: EngineConfig) -> None:
+    """Raise ConfigError where drafted tokens cannot be made to stand with this probability."""
+    if wanted is None:
+        return
+    if not 0 < wanted <= 1:  # also refuses NaN
+        raise ConfigError(f"--force-acceptance {wanted:g} is out of range; it lies above 0 and at most at 1")
+    if engine.draft is None:
+        raise ConfigError(f"--force-acceptance {wanted:g} needs a draft; name one with --draft")
+    if engine.draft == "lookup":
+        raise ConfigError(
+            f"--force-acceptance {wanted:g} is for a draft whose steps cost time, and --draft is lookup; use "
+            f"another model, self:FORMAT or skip:N"
+        )
+    if not engine.random_weights:
+        name = engine.model or "the model"
+        raise ConfigError(
+            f"--force-acceptance {wanted:g} is for random weights, and {name} has real ones here; leave it "
+            f"away, or add --random-weights"
+        )
 
 
 def check_engine(options: Options, nproc: int) -> None:
