@@ -1,11 +1,12 @@
 """decode: one model, one format, this job's ranks. definitions.py says what each figure means.
 
+With --force-acceptance each run is followed by one of the same engine without its draft.
+
 After a warm-up each repetition prefills the batch and decodes --new-tokens tokens of each row through
 LLM.generate, as any caller does: sampling, the step's broadcast and all Python are inside. With a --context
 beyond prompt and answer, decoding starts from prompts that fill it, and prefill keeps its own. Several
 --contexts take turns; the times of a token at each stand beside the bytes it reads there. Peak memory
-is read after the warm-up, before the memory of the read ceiling is there. With --force-acceptance every run
-is followed by one without the draft, by the same engine. The rate of matmuls comes last,
+is read after the warm-up, before the memory of the read ceiling is there. The rate of matmuls comes last,
 after the engine has let the ranks go. Every rank makes the same calls.
 """
 
@@ -48,8 +49,6 @@ def measure(args: Namespace, engine: EngineConfig) -> tuple[dict[str, Any], bool
         if args.first_token:
             _generate(llm, args.prompt_tokens, 1, args.batch)
             return {"first_token_s": time.time() - psutil.Process().create_time()}, llm.rank == 0
-        if llm.speculator is not None and args.force_acceptance is not None:
-            llm.speculator.forced = ForcedAcceptance(args.force_acceptance)
         # A group of our own: rank 0 may send idle messages over the engine's at any time.
         group = dist.new_group(list(range(llm.world_size)))
         document = _measured(llm, args, group)
@@ -62,9 +61,11 @@ def measure(args: Namespace, engine: EngineConfig) -> tuple[dict[str, Any], bool
 def _measured(llm: LLM, args: Namespace, group: dist.ProcessGroup) -> dict[str, Any]:
     depths = [context - args.new_tokens for context in args.contexts or (llm.context,)]
     deep = depths[-1]  # tokens a row has when decoding starts
-    _generate(llm, deep, args.new_tokens, args.batch)
     if args.force_acceptance is not None:
+        assert llm.speculator is not None, "options.py refuses it without a draft"
+        llm.speculator.forced = ForcedAcceptance(args.force_acceptance)
         _without_draft(llm, args, deep)
+    _generate(llm, deep, args.new_tokens, args.batch)
     rss = _of_each_rank(peak_rss_bytes(), group)
     on_cpu = llm.built.device == "cpu"
     ceiling = ReadCeiling(args.bytes or ceiling_bytes(), group) if on_cpu else None
@@ -97,32 +98,6 @@ def _measured(llm: LLM, args: Namespace, group: dist.ProcessGroup) -> dict[str, 
         "peak_rss_bytes": rss,
         "contexts": _over_contexts(llm, args, speeds),
         "speculation": None if speculation is None else speculation.to_dict(),
-    }
-
-
-def _without_draft(llm: LLM, args: Namespace, depth: int) -> Timing:
-    """The same batch by the same engine, its draft laid aside on every rank for this one call."""
-    speculator, llm.speculator = llm.speculator, None
-    try:
-        return _generate(llm, depth, args.new_tokens, args.batch)
-    finally:
-        llm.speculator = speculator
-
-
-def _forced(
-    args: Namespace, speeds: list[float], plain: list[float], speculation: SpeculationReport
-) -> dict[str, Any]:
-    """What forced acceptance found. speeds, plain: tokens a second by turn, with the draft and without.
-
-    The prediction is speculative/report.py's, for a step without a draft as the plain runs had it; rank 0 has
-    the passes it is made of, the others have None.
-    """
-    plain_tok_s = statistics.median(plain)
-    return {
-        "forced_acceptance": args.force_acceptance,
-        "plain_tok_s": plain_tok_s,
-        "speed_up": statistics.median(one / other for one, other in zip(speeds, plain, strict=True)),
-        "speed_up_predicted": speculation.speedups(args.batch / plain_tok_s)[1],
     }
 
 
@@ -202,6 +177,32 @@ def _generate(llm: LLM, num_tokens: int, new_tokens: int, batch: int) -> Timing:
     prompt = [1 + place % min(100, vocab_size - 1) for place in range(num_tokens)]
     llm.generate([prompt] * batch, SamplingParams(max_new_tokens=new_tokens, ignore_eos=True))
     return llm.timing if llm.timing is not None else Timing(0.0, 0.0, 0)
+
+
+def _without_draft(llm: LLM, args: Namespace, depth: int) -> Timing:
+    """The same batch by the same engine, its draft laid aside on every rank for this one call."""
+    speculator, llm.speculator = llm.speculator, None
+    try:
+        return _generate(llm, depth, args.new_tokens, args.batch)
+    finally:
+        llm.speculator = speculator
+
+
+def _forced(
+    args: Namespace, speeds: list[float], plain: list[float], speculation: SpeculationReport
+) -> dict[str, Any]:
+    """What forced acceptance found. speeds, plain: tokens a second by turn, with the draft and without.
+
+    The prediction is speculative/report.py's, for a step without a draft as the plain runs had it; rank 0 has
+    the passes it is made of, the others have None.
+    """
+    plain_tok_s = statistics.median(plain)
+    return {
+        "forced_acceptance": args.force_acceptance,
+        "plain_tok_s": plain_tok_s,
+        "speed_up": statistics.median(one / other for one, other in zip(speeds, plain, strict=True)),
+        "speed_up_predicted": speculation.speedups(args.batch / plain_tok_s)[1],
+    }
 
 
 def _of_each_rank(value: int, group: dist.ProcessGroup) -> list[int]:

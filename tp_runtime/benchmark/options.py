@@ -54,10 +54,10 @@ _EXAMPLES = {
     "decode": """\
   tp-bench decode --model llama-1b --quant int8 --nproc 1,2
   tp-bench decode --model llama-1b --prompt-tokens 512 --new-tokens 16 --json
+  tp-bench decode --model llama-8b --quant int8 --draft llama-1b --force-acceptance 0.8
   tp-bench decode --model llama-1b --quant int8 --context 8192 --new-tokens 32
   tp-bench decode --model llama-1b --quant int8 --contexts 128,8192 --new-tokens 32
-  tp-bench decode --model llama2-7b --layers 8 --quant int4 --startup
-  tp-bench decode --model llama-8b --quant int8 --draft llama-1b --force-acceptance 0.8""",
+  tp-bench decode --model llama2-7b --layers 8 --quant int4 --startup""",
     "scaling": """\
   tp-bench scaling --model llama-1b --nproc 1,2 --quant none,int8,int4 --output results
   tp-bench scaling --predict 2x8480 --model llama-70b --quant int8,int4
@@ -100,10 +100,7 @@ def parse(words: Sequence[str], *, in_job: bool) -> Options:
     _check_contexts(args)
     if mode in ("scaling", "peers") and args.batch > 1:
         raise ConfigError(f"--batch {args.batch} is for decode alone; {mode} compares at batch 1")
-    engine = _engine(args) if mode in ("decode", "scaling", "peers") else None
-    if engine is not None:
-        _check_forced(getattr(args, "force_acceptance", None), engine)
-    return Options(mode, args, engine)
+    return Options(mode, args, _engine(args) if mode in ("decode", "scaling", "peers") else None)
 
 
 def _add_ranks(parser: Parser, mode: str) -> None:
@@ -282,6 +279,13 @@ def _check_contexts(args: Namespace) -> None:
 
 
 def _engine(args: Namespace) -> EngineConfig:
+    """The settings of the case, checked."""
+    engine = _settings(args)
+    _check_forced(getattr(args, "force_acceptance", None), engine)
+    return engine
+
+
+def _settings(args: Namespace) -> EngineConfig:
     """The settings of the case: room for it, and random weights where the model has none."""
     values: dict[str, Any] = {**vars(args), "print_config": None}
     if isinstance(args.quant, tuple):
