@@ -1,5 +1,7 @@
 """decode: one model, one format, this job's ranks. definitions.py says what each figure means.
 
+With --force-acceptance each run is followed by one of the same engine without its draft.
+
 After a warm-up each repetition prefills the batch and decodes --new-tokens tokens of each row through
 LLM.generate, as any caller does: sampling, the step's broadcast and all Python are inside. With a --context
 beyond prompt and answer, decoding starts from prompts that fill it, and prefill keeps its own. Several
@@ -23,6 +25,7 @@ import torch.nn.functional as F
 from ..config import EngineConfig, SamplingParams
 from ..engine.figures import Timing, peak_rss_bytes
 from ..engine.llm import LLM
+from ..engine.speculative.forced import ForcedAcceptance
 from ..engine.speculative.report import SpeculationReport, speculation_words
 from ..models.config import ModelConfig
 from . import cuda
@@ -70,6 +73,10 @@ def measure(args: Namespace, engine: EngineConfig) -> tuple[dict[str, Any], bool
 def _measured(llm: LLM, args: Namespace, group: dist.ProcessGroup) -> dict[str, Any]:
     depths = [context - args.new_tokens for context in args.contexts or (llm.context,)]
     deep = depths[-1]  # tokens a row has when decoding starts
+    if args.force_acceptance is not None:
+        assert llm.speculator is not None, "options.py refuses it without a draft"
+        llm.speculator.forced = ForcedAcceptance(args.force_acceptance)
+        _without_draft(llm, args, deep)
     _generate(llm, deep, args.new_tokens, args.batch)
     on_gpu = llm.built.device == "cuda"
     rss = _of_each_rank(peak_rss_bytes(), group)
@@ -77,6 +84,7 @@ def _measured(llm: LLM, args: Namespace, group: dist.ProcessGroup) -> dict[str, 
     ceiling = _ceiling(args.bytes, on_gpu, group)
     prefills: list[Timing] = []
     decodes: list[list[Timing]] = []
+    plain: list[Timing] = []
     speculator = llm.speculator
     speculation = None if speculator is None else SpeculationReport(speculator.plan.name, speculator.most)
     ceiling.read()
@@ -84,6 +92,8 @@ def _measured(llm: LLM, args: Namespace, group: dist.ProcessGroup) -> dict[str, 
         decodes.append([_generate(llm, depth, args.new_tokens, args.batch) for depth in depths])
         if speculator is not None and speculation is not None:
             speculation.passes += speculator.report.passes  # of the last context
+        if args.force_acceptance is not None:
+            plain.append(_without_draft(llm, args, deep))
         same = deep == args.prompt_tokens
         prefills.append(decodes[-1][-1] if same else _generate(llm, args.prompt_tokens, 1, args.batch))
         ceiling.read()
@@ -92,6 +102,9 @@ def _measured(llm: LLM, args: Namespace, group: dist.ProcessGroup) -> dict[str, 
     firsts = [total(timing.ttft_s, group) for timing in prefills]
     at_most = Spread.of([turn[-1] for turn in speeds])
     document = _document(llm, args, at_most, Spread.of(firsts), ceiling)
+    if speculation is not None and plain:
+        plain_speeds = [total(timing.tok_s or 0.0, group) for timing in plain]
+        document |= _forced(args, [turn[-1] for turn in speeds], plain_speeds, speculation)
     return document | {
         "peak_rss_bytes": rss,
         "peak_device_bytes": on_device,
@@ -186,6 +199,32 @@ def _generate(llm: LLM, num_tokens: int, new_tokens: int, batch: int) -> Timing:
     return llm.timing if llm.timing is not None else Timing(0.0, 0.0, 0)
 
 
+def _without_draft(llm: LLM, args: Namespace, depth: int) -> Timing:
+    """The same batch by the same engine, its draft laid aside on every rank for this one call."""
+    speculator, llm.speculator = llm.speculator, None
+    try:
+        return _generate(llm, depth, args.new_tokens, args.batch)
+    finally:
+        llm.speculator = speculator
+
+
+def _forced(
+    args: Namespace, speeds: list[float], plain: list[float], speculation: SpeculationReport
+) -> dict[str, Any]:
+    """What forced acceptance found. speeds, plain: tokens a second by turn, with the draft and without.
+
+    The prediction is speculative/report.py's, for a step without a draft as the plain runs had it; rank 0 has
+    the passes it is made of, the others have None.
+    """
+    plain_tok_s = statistics.median(plain)
+    return {
+        "forced_acceptance": args.force_acceptance,
+        "plain_tok_s": plain_tok_s,
+        "speed_up": statistics.median(one / other for one, other in zip(speeds, plain, strict=True)),
+        "speed_up_predicted": speculation.speedups(args.batch / plain_tok_s)[1],
+    }
+
+
 def _of_each_rank(value: int, group: dist.ProcessGroup) -> list[int]:
     mine = torch.tensor([value], dtype=torch.int64)
     all_of_them = [torch.empty_like(mine) for _ in range(group.size())]
@@ -209,6 +248,15 @@ def matmul_rate(config: ModelConfig, world_size: int, group: dist.ProcessGroup) 
     return best
 
 
+def _forced_words(document: dict[str, Any]) -> str:
+    predicted = document["speed_up_predicted"]
+    return (
+        f"acceptance forced to {document['forced_acceptance']:g}, so the text is void: "
+        f"{document['speed_up']:.2f} times the {document['plain_tok_s']:.2f} tokens/s without a draft"
+        + ("" if predicted is None else f", predicted {predicted:.2f}")
+    )
+
+
 def line(document: dict[str, Any]) -> str:
     """One measurement for people."""
     share, on_gpu = document["mbu"], document["device"] == "cuda"
@@ -224,6 +272,8 @@ def line(document: dict[str, Any]) -> str:
         parts.append("weights fit the caches: no MBU")
     if document["speculation"] is not None:
         parts.append(speculation_words(document["speculation"]))
+    if document.get("forced_acceptance") is not None:
+        parts.append(_forced_words(document))
     parts.append(f"first token {document['ttft_s']:.3f} s")
     parts.append(f"prefill {document['prefill_tok_s']:.0f} tokens/s, share {document['prefill_share']:.3f}")
     for title, name in (("RSS", "peak_rss_bytes"), ("GPU memory", "peak_device_bytes")):

@@ -57,6 +57,7 @@ _EXAMPLES = {
     "decode": """\
   tp-bench decode --model llama-1b --quant int8 --nproc 1,2
   tp-bench decode --model llama-1b --prompt-tokens 512 --new-tokens 16 --json
+  tp-bench decode --model llama-8b --quant int8 --draft llama-1b --force-acceptance 0.8
   tp-bench decode --model llama-1b --quant int8 --context 8192 --new-tokens 32
   tp-bench decode --model llama-1b --quant int8 --contexts 128,8192 --new-tokens 32
   tp-bench decode --model llama2-7b --layers 8 --quant int4 --startup
@@ -178,6 +179,7 @@ def _add_decode(parser: Parser) -> None:
     _add_case(parser)
     add = parser.add_argument
     add("--contexts", type=counts, default=(), metavar="N,...", help="decode at these depths, turn by turn")
+    add("--force-acceptance", type=float, metavar="P", help="drafted tokens stand with P (random weights)")
     _add_startup(parser)
     add(
         "--first-token",
@@ -309,6 +311,13 @@ def _check_contexts(args: Namespace) -> None:
 
 
 def _engine(args: Namespace) -> EngineConfig:
+    """The settings of the case, checked."""
+    engine = _settings(args)
+    _check_forced(getattr(args, "force_acceptance", None), engine)
+    return engine
+
+
+def _settings(args: Namespace) -> EngineConfig:
     """The settings of the case: room for it, and random weights where the model has none."""
     values: dict[str, Any] = {**vars(args), "print_config": None}
     if isinstance(args.quant, tuple):
@@ -327,6 +336,27 @@ def _engine(args: Namespace) -> EngineConfig:
             raise
         return replace(engine, random_weights=True)
     return engine
+
+
+def _check_forced(wanted: float | None, engine: EngineConfig) -> None:
+    """Raise ConfigError where drafted tokens cannot be made to stand with this probability."""
+    if wanted is None:
+        return
+    if not 0 < wanted <= 1:  # also refuses NaN
+        raise ConfigError(f"--force-acceptance {wanted:g} is out of range; it lies above 0 and at most at 1")
+    if engine.draft is None:
+        raise ConfigError(f"--force-acceptance {wanted:g} needs a draft; name one with --draft")
+    if engine.draft == "lookup":
+        raise ConfigError(
+            f"--force-acceptance {wanted:g} is for a draft whose steps cost time, and --draft is lookup; use "
+            f"another model, self:FORMAT or skip:N"
+        )
+    if not engine.random_weights:
+        name = engine.model or "the model"
+        raise ConfigError(
+            f"--force-acceptance {wanted:g} is for random weights, and {name} has real ones here; leave it "
+            f"away, or add --random-weights"
+        )
 
 
 def check_engine(options: Options, nproc: int) -> None:

@@ -28,7 +28,7 @@ from ..text.byte_tokenizer import ByteTokenizer
 from . import sampling
 from .batch import Batch
 from .build import build_runner, usable_device
-from .burst import decode_burst, unpack_burst
+from .burst import decode_burst, pack_burst, unpack_burst
 from .ceiling import job_read_ceiling_gb_s
 from .channel import Channel, Operation, from_words, to_words
 from .figures import Timing
@@ -37,7 +37,7 @@ from .sequence import Completion
 from .sequence import Sequence as Answer
 from .source import resolve
 from .speculative.build import build_speculator
-from .speculative.interface import NOTHING
+from .speculative.interface import NOTHING, Done
 from .speculative.verify import decide
 from .step import Row, Step
 from .tokenizing import NoText, has_tokenizer, open_tokenizer
@@ -254,9 +254,9 @@ class LLM:
             zip(ready, logits_LV.split([r.num_logits for r in described if r.num_logits]), strict=True)
         )
 
-    def _announced(self, step: Step, execute: Callable[[Step], Tensor]) -> Tensor:
-        """Run a step of the draft on all ranks."""
-        with self._channel.announced(Operation.DRAFT, step.pack()):
+    def _announced(self, step: Step, execute: Callable[[Step], Done], steps: int = 0) -> Done:
+        """Run a step of the draft on all ranks, or start a burst of `steps`; see speculative/interface.py."""
+        with self._channel.announced(Operation.DRAFT, pack_burst(step, steps)):
             return execute(step)
 
     def _accept(self, answer: Answer, logits_NV: Tensor) -> str:
@@ -284,7 +284,7 @@ class LLM:
                 self.runner.execute(Step.unpack(words))
             elif operation is Operation.DRAFT:
                 assert self.speculator is not None, "a draft step without a draft"
-                self.speculator.drafter.follow(Step.unpack(words))
+                self.speculator.drafter.follow(*unpack_burst(words))
             elif operation is Operation.BURST:
                 self.runner.start_burst(*unpack_burst(words))
             elif operation is Operation.RESULT:

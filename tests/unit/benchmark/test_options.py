@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
-from tp_runtime import bench
+from tp_runtime import bench, generate
 from tp_runtime.benchmark import options
 from tp_runtime.config import EngineConfig
 from tp_runtime.errors import ConfigError, TPError
 
 DECODE = ["decode", "--model", "llama-1b"]
+TINY = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 96, "hidden_size": 64,
+    "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "max_position_embeddings": 128, "tie_word_embeddings": True,
+}  # fmt: skip
+DRAFTED = [*DECODE, "--draft", "skip:8"]
 
 
 @pytest.mark.parametrize(
@@ -40,6 +50,13 @@ DECODE = ["decode", "--model", "llama-1b"]
         ([*DECODE, "--contexts", "8192,128"], "has to rise"),
         ([*DECODE, "--contexts", "100,150"], "give a deeper one"),
         ([*DECODE, "--contexts", "128,8192", "--context", "512"], "leave it out"),
+        ([*DECODE, "--force-acceptance", "0.7"], "needs a draft"),
+        ([*DRAFTED, "--force-acceptance", "0"], "above 0 and at most at 1"),
+        ([*DRAFTED, "--force-acceptance", "1.5"], "above 0 and at most at 1"),
+        ([*DRAFTED, "--force-acceptance", "nan"], "above 0 and at most at 1"),
+        ([*DRAFTED, "--force-acceptance", "often"], "--force-acceptance"),
+        ([*DECODE, "--draft", "lookup", "--force-acceptance", "0.7"], "--draft is lookup"),
+        (["scaling", *DRAFTED[1:], "--force-acceptance", "0.7"], "--force-acceptance"),
     ],
 )
 def test_refused(words: list[str], says: str) -> None:
@@ -72,6 +89,29 @@ def test_accepted_for_a_job() -> None:
 def test_a_named_model_without_weights_gets_random_ones() -> None:
     engine = options.parse([*DECODE], in_job=True).engine
     assert engine is not None and engine.random_weights
+
+
+def test_acceptance_is_forced_at_random_weights_alone(tmp_path: Path) -> None:
+    forced = ["--draft", "self:int8", "--force-acceptance", "0.7"]
+    assert options.parse([*DECODE, *forced], in_job=True).args.force_acceptance == 0.7
+    (tmp_path / "config.json").write_text(json.dumps(TINY))
+    save_file({"model.norm.weight": np.ones(64, np.float32)}, tmp_path / "model.safetensors")
+    words = ["decode", "--model", str(tmp_path), *forced]
+    with pytest.raises(ConfigError, match="is for random weights, and .* has real ones here"):
+        options.parse(words, in_job=True)
+    assert options.parse([*words, "--random-weights"], in_job=True).args.force_acceptance == 0.7
+
+
+def test_acceptance_cannot_be_forced_by_settings(tmp_path: Path) -> None:
+    """Neither by a file of settings, nor by the engine's own, nor by another program's flags."""
+    file = tmp_path / "run.toml"
+    file.write_text("force_acceptance = 0.7\n")
+    for words in ([*DECODE, "--config", str(file)], ["scaling", *DECODE[1:], "--config", str(file)]):
+        with pytest.raises(ConfigError, match="unknown settings: force_acceptance"):
+            options.parse(words, in_job=True)
+    with pytest.raises(ConfigError, match="--force-acceptance"):
+        generate.check(["--model", "llama-1b", "--random-weights", "--force-acceptance", "0.7"], 1)
+    assert not any("accept" in name for name in EngineConfig().to_dict())
 
 
 def test_the_context_has_room() -> None:

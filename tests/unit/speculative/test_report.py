@@ -44,6 +44,17 @@ def test_constant_k_is_the_formula() -> None:
     assert report.to_dict()["speedup_predicted"] == pytest.approx(wanted, rel=2e-3)
 
 
+def test_a_plain_pass_that_was_measured_apart() -> None:
+    report = SpeculationReport("self:int4", 4)
+    for _ in range(1000):
+        report.add(Pass(((4, 3, 4),), 4 * 0.003, 0.0115, 0.024))
+    assert report.speedups() == (None, None)
+    a, c, v, k = 0.75, 0.3, 1.15, 4
+    measured, predicted = report.speedups(0.010)
+    assert measured == pytest.approx(4 * 0.010 / 0.024)
+    assert predicted == pytest.approx((1 - a ** (k + 1)) / ((1 - a) * (k * c + v)))
+
+
 def test_an_end_token_cuts_a_run_short() -> None:
     report = SpeculationReport("lookup", 4)
     report.add(Pass(((4, 4, 2),), 0.0, 0.01, 0.01))

@@ -26,12 +26,13 @@ from ..kv_blocks import SCRATCH_BLOCK
 from ..runner import ModelRunner
 from ..source import ModelSource
 from ..step import Row, Step
-from .interface import Drafter
+from .interface import Announce, Drafter
 from .kind import DraftPlan, plan_draft
 from .lookup import LookupDraft
-from .model import Announce, ModelDraft
+from .model import ModelDraft
 from .skip import SkipDraft, kept_layers
 from .speculator import Speculator
+from .timing import settle
 
 if TYPE_CHECKING:
     from ..build import Built
@@ -54,6 +55,8 @@ def build_speculator(
         return None
     if target.device == "cpu":
         target.runner.exact_tokens = MOST_DRAFT_TOKENS + 1
+    # Of a GPU: its captured step, where it has one.
+    few_at_once = target.device == "cpu" or target.runner.burst_steps > 0
     vocab_size = target.model_config.vocab_size
     most = config.draft_tokens or (MOST_DRAFT_TOKENS if plan.kind == "lookup" else _MODEL_TOKENS)
     drafter: Drafter
@@ -70,7 +73,7 @@ def build_speculator(
         most=most,
         adaptive=config.draft_adaptive,
         max_tokens=target.runner.max_tokens,
-        exact_tokens=MOST_DRAFT_TOKENS + 1 if target.device == "cpu" else None,
+        exact_tokens=MOST_DRAFT_TOKENS + 1 if few_at_once else None,
         device=target.device,
     )
 
@@ -147,6 +150,7 @@ def _split_is_faster(split: ModelRunner, lone: ModelRunner | None, mesh: DeviceM
             if runner is split:
                 broadcast_(descriptor, group)
             runner.execute(Step((Row((0,), 0, (SCRATCH_BLOCK,), 1),)))
+            settle(runner.device)
             runs.append(time.perf_counter() - began)
         times.append(statistics.median(runs) if runs else 0.0)
     faster = _verdict(times[0] <= times[1], group)

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from ..sequence import Sequence
 
@@ -19,6 +19,18 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..step import Step
+
+
+Done = TypeVar("Done")
+
+
+class Announce(Protocol):
+    """Tells all ranks of a step of the draft and runs it here; what `execute` returned.
+
+    steps: the step begins a burst of so many (engine/burst.py); 0: it is a step by itself.
+    """
+
+    def __call__(self, step: Step, execute: Callable[[Step], Done], steps: int = 0) -> Done: ...
 
 
 @dataclass(frozen=True)
@@ -75,6 +87,6 @@ class Drafter(ABC):
         """Compile what drafting runs. Every rank calls it. Seconds of its steps by their tokens, as timed."""
         return {}
 
-    def follow(self, step: Step) -> None:
-        """Ranks other than 0: take part in a step that rank 0's draft announced."""
+    def follow(self, step: Step, steps: int) -> None:
+        """Ranks other than 0: take part in what rank 0's draft announced (steps: see Announce)."""
         raise AssertionError(f"{type(self).__name__} announces no steps")

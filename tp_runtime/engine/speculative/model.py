@@ -7,7 +7,7 @@ the target has confirmed plus one draft. A row that outgrows the draft's context
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -17,10 +17,8 @@ from ..runner import ModelRunner
 from ..sequence import Sequence as Answer
 from ..step import Step
 from .autoregressive import DraftRow, draft_rows
-from .interface import Drafter, Offer
+from .interface import Announce, Drafter, Offer
 from .timing import DRAFT_SIZES, time_steps
-
-Announce = Callable[[Step, Callable[[Step], Tensor]], Tensor]
 
 
 @dataclass
@@ -91,6 +89,7 @@ class ModelDraft(Drafter):
             max_tokens=self.runner.max_tokens,
             vocab_size=self.vocab_size,
             clock=self.clock,
+            burst=self._burst if self._bursts else None,
         )
         for job in running:
             self._held[id(job.answer)].cached = job.cached
@@ -114,9 +113,27 @@ class ModelDraft(Drafter):
         self.runner.warm_up()
         return time_steps(self.runner, DRAFT_SIZES, self.clock)
 
-    def follow(self, step: Step) -> None:
+    def follow(self, step: Step, steps: int) -> None:
         assert self.runner is not None, "this rank has no part of the draft"
-        self.runner.execute(step)
+        if steps:
+            self.runner.start_burst(step, steps)
+        else:
+            self.runner.execute(step)
+
+    @property
+    def _bursts(self) -> bool:
+        """A burst chooses among all of the draft's tokens, so the target must have them all."""
+        return self.runner is not None and self.runner.burst_steps > 0 and self.draft_vocab <= self.vocab_size
+
+    def _burst(self, step: Step, wanted: int) -> Iterable[list[int]]:
+        runner = self.runner
+        assert runner is not None, "rank 0 has every draft"
+        steps = min(wanted, runner.burst_steps)
+        if self._announce is None:
+            runner.start_burst(step, steps)
+        else:
+            self._announce(step, lambda first: runner.start_burst(first, steps), steps)
+        return runner.burst_tokens(len(step.rows), steps)
 
     def _run(self, step: Step) -> Tensor:
         assert self.runner is not None

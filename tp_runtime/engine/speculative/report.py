@@ -59,11 +59,17 @@ class SpeculationReport:
         fell = sum(stood < offered for offered, stood, _ in rows)
         return stood / (stood + fell) if stood + fell else None
 
-    def speedups(self) -> tuple[float | None, float | None]:
-        """(measured, predicted); None where the run had no pass without a draft to compare with."""
+    def speedups(self, plain_s: float | None = None) -> tuple[float | None, float | None]:
+        """(measured, predicted); None where there is no pass without a draft to compare with.
+
+        plain_s: seconds of such a pass, of any number of rows, where it was measured apart; None: those of
+        this run.
+        """
         plain, rate = StepCosts(), self.acceptance() or 0.0
         for done in self.passes:
-            if not done.drafted:
+            if plain_s is not None:
+                plain.add(len(done.rows), plain_s)
+            elif not done.drafted:
                 plain.add(len(done.rows), done.total_s)
         saved = taken = expected = cost = 0.0
         for done in self.passes:

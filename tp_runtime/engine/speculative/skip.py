@@ -9,7 +9,7 @@ token costs the share of layers that run, plus the head. After: Zhang et al., Dr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
@@ -17,10 +17,8 @@ from ..runner import ModelRunner
 from ..sequence import Sequence as Answer
 from ..step import Step
 from .autoregressive import DraftRow, draft_rows
-from .interface import Drafter, Offer
+from .interface import Announce, Drafter, Offer
 from .timing import DRAFT_SIZES, time_steps
-
-Announce = Callable[[Step, Callable[[Step], Tensor]], Tensor]
 
 
 def kept_layers(num_layers: int, skipped: int) -> tuple[int, ...]:
@@ -58,7 +56,8 @@ class SkipDraft(Drafter):
     def warm_up(self) -> Mapping[int, float]:
         return time_steps(self.runner, DRAFT_SIZES, self.clock, self.layers)
 
-    def follow(self, step: Step) -> None:
+    def follow(self, step: Step, steps: int) -> None:
+        assert not steps, "some of the layers run one step at a time"
         self._execute(step)
 
     def _execute(self, step: Step) -> Tensor:

@@ -4,7 +4,8 @@ Rank 0 runs all of it; the other ranks only follow the steps that a draft announ
 still reads its prompt is not counted: its time says nothing about decoding.
 
 Rows that decode bring at most `step_tokens` tokens to a pass, all together: beyond 16 a CPU has other
-kernels, which round otherwise and cost more. Beside rows that read prompts they take at most half of a step.
+kernels, which round otherwise and cost more, and a GPU no captured step. Beside rows that read prompts they
+take at most half of a step.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 from ..runner import ModelRunner
 from ..sequence import Sequence as Answer
 from .adaptive import Adaptive, Candidate, deal
+from .forced import ForcedAcceptance
 from .interface import NOTHING, Drafter, Offer
 from .kind import DraftPlan
 from .report import Pass, SpeculationReport
@@ -27,8 +29,9 @@ class Speculator:
     """Drafts for the rows of one engine.
 
     plan: the draft that was asked for. most: most tokens drafted for a row in a pass. adaptive: False
-    drafts `most` where it can. max_tokens: most tokens of a step. exact_tokens: up to that many in a step a
-    row has the same bits however many there are. device: of the target.
+    drafts `most` where it can. max_tokens: most tokens of a step. exact_tokens: most that rows which decode
+    bring to a step together; beyond it other code runs them (None: max_tokens). device: of the target.
+    forced, an attribute: None but in a benchmark, which lets drafts of greedy rows stand by a draw.
     """
 
     def __init__(
@@ -52,6 +55,7 @@ class Speculator:
         self._stood: dict[int, tuple[int, int]] = {}
         self._before: dict[int, int] = {}
         self.report = SpeculationReport(plan.name, most)
+        self.forced: ForcedAcceptance | None = None
         self._began = self._step_began = self._draft_s = self._verify_s = self._joining_s = 0.0
 
     def check_prompt(self, num_tokens: int) -> None:
@@ -134,7 +138,11 @@ class Speculator:
         """The row's new tokens, from the target's logits behind its last known and its drafted tokens."""
         offer = self._offers.get(id(answer), NOTHING)
         self._before[id(answer)] = len(answer.output)
-        tokens = decide(logits_NV, offer, answer.params, answer.prompt, answer.output)
+        if self.forced is None:
+            tokens = decide(logits_NV, offer, answer.params, answer.prompt, answer.output)
+        else:
+            assert answer.params.plain_greedy, "acceptance is forced on greedy rows alone"
+            tokens = self.forced.decide(logits_NV, offer)
         self._stood[id(answer)] = (logits_NV.shape[0] - 1, len(tokens) - 1)
         return tokens
 

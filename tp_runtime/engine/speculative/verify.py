@@ -62,10 +62,15 @@ def decide(
     return (*before[len(output) :], last)
 
 
-def _greedy(logits_NV: Tensor, drafted: Sequence[int]) -> tuple[int, ...]:
+def likeliest(logits_NV: Tensor) -> list[int]:
+    """The likeliest token of each row. Any float dtype and device."""
     fast = logits_NV.device.type == "cpu" and logits_NV.dtype is torch.float32
     # numpy's argmax runs on vectors; torch's takes ten times as long on one thread.
-    best = (logits_NV.numpy() if fast else logits_NV).argmax(-1).tolist()
+    return (logits_NV.numpy() if fast else logits_NV).argmax(-1).tolist()
+
+
+def _greedy(logits_NV: Tensor, drafted: Sequence[int]) -> tuple[int, ...]:
+    best = likeliest(logits_NV)
     stand = 0
     while stand < len(drafted) and best[stand] == drafted[stand]:
         stand += 1
