@@ -66,13 +66,14 @@ def nibbles_to_bf16(packed, HIGH: tl.constexpr, ZERO: tl.constexpr, ASM: tl.cons
         return (nibble.to(tl.float32) - ZERO).to(tl.bfloat16)
 
 
-# Four e4m3 to four bf16: exponent and mantissa move into place (a shift by 4 below the sign), which makes the
-# number 2^120 times too small, also where it is subnormal; one multiplication puts that right.
+# Four e4m3 to four bf16: exponent and mantissa move into place (bits 10 to 4, below the sign), which makes
+# the number 2^120 times too small, also where it is subnormal; one multiplication puts that right. Two of
+# them move to the right, by one shift; two to the left, by two, which are multiplications: other units.
 _E4M3 = tl.constexpr(
     "{ .reg .b32 t, u, s, z, c; mov.b32 z, 0; mov.b32 c, 0x7b807b80; "
-    "prmt.b32 t, $2, z, 0x1404; prmt.b32 u, $2, z, 0x3424; "
-    "and.b32 s, t, 0x80008000; and.b32 t, t, 0x7f007f00; shr.b32 t, t, 4; or.b32 t, t, s; "
-    "and.b32 s, u, 0x80008000; and.b32 u, u, 0x7f007f00; shr.b32 u, u, 4; or.b32 u, u, s; "
+    "prmt.b32 t, $2, z, 0x1404; prmt.b32 u, $2, z, 0x4342; "
+    "and.b32 s, t, 0x80008000; shr.b32 t, t, 4; and.b32 t, t, 0x07f007f0; or.b32 t, t, s; "
+    "shl.b32 s, u, 8; shl.b32 u, u, 4; and.b32 s, s, 0x80008000; and.b32 u, u, 0x07f007f0; or.b32 u, u, s; "
     "mul.rn.bf16x2 $0, t, c; mul.rn.bf16x2 $1, u, c; }"
 )
 
@@ -84,7 +85,7 @@ def _widen(w, KIND: tl.constexpr, ASM: tl.constexpr):
         return w
     elif KIND == FP8:
         if ASM:
-            return tl.inline_asm_elementwise(_E4M3, "=r,=r,r", [w], dtype=tl.bfloat16, is_pure=True, pack=4)
+            return tl.inline_asm_elementwise(_E4M3, "=&r,=&r,r", [w], dtype=tl.bfloat16, is_pure=True, pack=4)
         else:
             return w.to(tl.float8e4nv, bitcast=True).to(tl.float32).to(tl.bfloat16)
     elif ASM:
