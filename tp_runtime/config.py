@@ -19,7 +19,7 @@ DEVICES = ("auto", "cpu", "cuda")
 KERNELS = ("auto", "reference")
 DRAFT_RANKS = ("auto", "all", "one")
 MOST_DRAFT_TOKENS = 15  # with the token before them 16, which the kernels for few rows take at once
-CACHE_DTYPES = ("auto", "bf16", "int8")
+CACHE_DTYPES = ("auto", "bf16", "int8", "fp8")
 COLLECTIVES = ("auto", "shm", "c10d")
 
 

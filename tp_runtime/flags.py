@@ -30,7 +30,8 @@ from .layout import ALIASES, FORMATS
 QUANTS = ("none", *FORMATS, *ALIASES)
 _CACHE_HELP = (
     "of the KV cache; int8 (CPUs only): half of bf16's bytes, a scale a token and head, at a price (it moves "
-    "SmolLM2's logits by 0.11, three times as far as int8 weights do); default: auto, as computed"
+    "SmolLM2's logits by 0.11, three times as far as int8 weights do); fp8 (GPUs only): e4m3 without "
+    "scales, half the bytes too; default: auto, as computed"
 )
 SPELLED = {"collective_timeout_s": "collective_timeout", "load_timeout_s": "load_timeout"}
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,9 +11,14 @@ from torch import Tensor
 from tp_runtime.kernels import reference
 
 BLOCK = 32
+CACHES = [torch.bfloat16]
+if os.environ.get("TRITON_INTERPRET") != "1":  # which halves small numbers on their way to fp8
+    CACHES.append(torch.float8_e4m3fn)
 
 
-def make_cache(lengths: list[int], kv_heads: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+def make_cache(
+    lengths: list[int], kv_heads: int, dim: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
     """(keys, values, block table): rows' blocks scattered, every slot beyond a row's length NaN."""
     most = max(-(-length // BLOCK) for length in lengths) + 1
     count = 1 + most * len(lengths)
@@ -22,7 +29,7 @@ def make_cache(lengths: list[int], kv_heads: int, dim: int) -> tuple[Tensor, Ten
             block = order[row, at // BLOCK]
             keys[block, :, at % BLOCK] = torch.randn(kv_heads, dim).bfloat16()
             values[block, :, at % BLOCK] = torch.randn(kv_heads, dim).bfloat16()
-    return keys, values, order
+    return keys.to(dtype), values.to(dtype), order
 
 
 def report(name: str, found: Tensor, wanted: Tensor) -> float:
@@ -32,13 +39,14 @@ def report(name: str, found: Tensor, wanted: Tensor) -> float:
     return float(gap.max())
 
 
+@pytest.mark.parametrize("dtype", CACHES)
 @pytest.mark.parametrize("window", [0, 50])
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(8, 2, 64), (8, 1, 128), (3, 3, 32)])
-def test_decode(heads: int, kv_heads: int, dim: int, window: int, device: str) -> None:
+def test_decode(heads: int, kv_heads: int, dim: int, window: int, dtype: torch.dtype, device: str) -> None:
     from tp_runtime.kernels.cuda import attention_ops as ops
 
     lengths = [1, 31, 200, 777]
-    keys, values, table = make_cache(lengths, kv_heads, dim)
+    keys, values, table = make_cache(lengths, kv_heads, dim, dtype)
     q = torch.randn(len(lengths), heads, dim).bfloat16()
     positions, rows = torch.tensor(lengths).int() - 1, torch.arange(len(lengths)).int()
     scratch = ops.DecodeScratch.make(len(lengths), heads, kv_heads, dim, 8, device)
@@ -55,13 +63,14 @@ def test_decode(heads: int, kv_heads: int, dim: int, window: int, device: str) -
         assert not scratch.count.any()
 
 
+@pytest.mark.parametrize("dtype", CACHES)
 @pytest.mark.parametrize("window", [0, 50])
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 2, 64), (2, 1, 128)])
-def test_prompt(heads: int, kv_heads: int, dim: int, window: int, device: str) -> None:
+def test_prompt(heads: int, kv_heads: int, dim: int, window: int, dtype: torch.dtype, device: str) -> None:
     from tp_runtime.kernels.cuda import attention_ops as ops
 
     lengths, queries = [1, 70, 200], [1, 70, 33]
-    keys, values, table = make_cache(lengths, kv_heads, dim)
+    keys, values, table = make_cache(lengths, kv_heads, dim, dtype)
     starts = torch.tensor([0, 1, 71, 104]).int()
     q = torch.randn(sum(queries) + 3, heads, dim).bfloat16()  # three tokens of padding
     contexts = torch.tensor(lengths).int()
@@ -74,20 +83,22 @@ def test_prompt(heads: int, kv_heads: int, dim: int, window: int, device: str) -
     assert not out[-3:].any()
 
 
+@pytest.mark.parametrize("dtype", CACHES)
 @pytest.mark.parametrize("extras", [False, True])
-def test_rope_write(extras: bool, device: str) -> None:
+def test_rope_write(extras: bool, dtype: torch.dtype, device: str) -> None:
     from tp_runtime.kernels.cuda import attention_ops as ops
 
     tokens, heads, kv_heads, dim, splits = 3, 4, 2, 32, 2
     size = (heads + 2 * kv_heads) * dim
     qkv = torch.randn(splits, tokens, size)
     bias = torch.randn(size) if extras else None
+    qkv[:, 0, -1] = 400.0  # a value that is beyond fp8: the largest number stands for it
     norms = (torch.rand(dim) + 0.5, torch.rand(dim) + 0.5, 1e-5) if extras else None
     angles = torch.rand(64, dim // 2) * 6
     positions, rows = torch.tensor([0, 33, 40]).int(), torch.tensor([1, 0, 0]).int()
     table = torch.tensor([[3, 1], [2, 0]]).int()
     q = torch.full((tokens, heads, dim), torch.nan).bfloat16().to(device)
-    keys, values = (torch.full((4, kv_heads, BLOCK, dim), torch.nan).bfloat16().to(device) for _ in range(2))
+    keys, values = (torch.full((4, kv_heads, BLOCK, dim), torch.nan).to(dtype).to(device) for _ in range(2))
     moved = None if norms is None else (norms[0].to(device), norms[1].to(device), norms[2])
     ops.rope_write(
         qkv.to(device), None if bias is None else bias.to(device), angles.cos().to(device),
@@ -104,8 +115,18 @@ def test_rope_write(extras: bool, device: str) -> None:
     turned = turned * angle.cos() + across * angle.sin()
     # Rounded once to bf16 (by the interpreter towards zero): 2^-8 of values up to five.
     assert report("q", q, turned[:, :heads]) < 4e-2
+    most = torch.finfo(dtype).max
     for token, (position, row) in enumerate(zip(positions.tolist(), rows.tolist(), strict=True)):
         block = int(table[row, position // BLOCK])
-        assert report("k", keys[block, :, position % BLOCK], turned[token, heads:]) < 4e-2
-        assert report("v", values[block, :, position % BLOCK], x[token, heads + kv_heads :]) < 4e-2
+        for name, cache, wanted in (
+            ("k", keys, turned[token, heads:]),
+            ("v", values, x[token, heads + kv_heads :]),
+        ):
+            wanted = wanted.clamp(-most, most)
+            # fp8 has three bits of mantissa: 2^-4 of a value, and by the interpreter twice that.
+            share = wanted.abs() * (2**-3 if dtype == torch.float8_e4m3fn else 2**-7) + 4e-2
+            assert (
+                report(name, cache.float()[block, :, position % BLOCK] / share.to(device), wanted / share) < 1
+            )
+    keys = keys.float()
     assert int(keys.isnan().sum()) == (keys[0].numel() * 4 - tokens * kv_heads * dim)

@@ -32,7 +32,7 @@ def save(folder: Path, kind: str) -> Any:
     return model.float()
 
 
-def _compare(folder: str, quant: str) -> dict[str, Any]:
+def _compare(folder: str, quant: str, cache_dtype: str = "auto") -> dict[str, Any]:
     """Greedy answers by bursts; and one decoding step, captured and layer by layer, on the same cache."""
     import torch.distributed as dist
 
@@ -41,7 +41,7 @@ def _compare(folder: str, quant: str) -> dict[str, Any]:
     from tp_runtime.engine.step import Row, Step
 
     torch.cuda.set_device(dist.get_rank())
-    with LLM(folder, device="cuda", quant=quant, context=256, max_batch=4) as llm:
+    with LLM(folder, device="cuda", quant=quant, cache_dtype=cache_dtype, context=256, max_batch=4) as llm:
         assert llm.runner.burst_steps, "the captured step is not in use"
         params = SamplingParams(max_new_tokens=NEW_TOKENS, ignore_eos=True)
         together = [done.tokens for done in llm.generate(PROMPTS, params)]
@@ -86,3 +86,22 @@ def test_against_twins(kind: str, quant: str, world: int, tmp_path: Path, device
         gap = (first["captured"][:3] - wanted).abs() / wanted.std()
         print(f"against transformers in fp32: largest {gap.max():.1e}, mean {gap.mean():.1e}")
         assert gap.max() < 0.15 and gap.mean() < 0.02
+
+
+@pytest.mark.parametrize("world", GPUS)
+def test_an_fp8_cache(world: int, tmp_path: Path, device: str) -> None:
+    save(tmp_path, "Llama")
+    plain = run_ranks(world, _compare, str(tmp_path), "none", timeout=150)[0]
+    found = run_ranks(world, _compare, str(tmp_path), "none", "fp8", timeout=150)
+    first, spread = found[0], plain["captured"].std()
+    for other in found[1:]:
+        assert torch.equal(other["captured"], first["captured"]), "ranks differ"
+    gap = (first["captured"] - first["layerwise"]).abs() / spread
+    price = (first["captured"] - plain["captured"]).abs() / spread
+    print(f"x{world}: against layers: largest {gap.max():.1e}, mean {gap.mean():.1e}; "
+          f"against a bf16 cache: largest {price.max():.1e}, mean {price.mean():.1e}")  # fmt: skip
+    # A number that bf16 rounds elsewhere may fall to the next of fp8's, 2^-3 away. Of what all of them are
+    # rounded by, 2^-5 at the mean, attention averages most away.
+    assert gap.max() < 0.25 and gap.mean() < 0.03
+    assert 0 < price.mean() < 0.1
+    assert first["together"] == first["stepwise"], "a burst chose other tokens than the host would"

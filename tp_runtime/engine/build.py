@@ -60,7 +60,7 @@ from .source import ModelSource
 
 CUDA_WAIT_S = 60.0  # a reduction inside a captured step waits that long for a peer
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-CACHE_TYPES = DTYPES | {"int8": torch.int8}
+CACHE_TYPES = DTYPES | {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 
 @dataclass(frozen=True)

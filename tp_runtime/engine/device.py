@@ -48,6 +48,11 @@ def refuse_cache_dtype(config: EngineConfig, device: str) -> None:
     """Raise ConfigError where no kernel of that device reads such a cache."""
     if config.cache_dtype == "int8" and device == "cuda":
         raise ConfigError(
-            "--cache-dtype int8 was asked for on a GPU, whose kernels read fp16 and bf16 caches alone; "
-            "leave it away, or use --device cpu"
+            "--cache-dtype int8 was asked for on a GPU, whose kernels read bf16, fp16 and fp8 caches alone; "
+            "use --cache-dtype fp8, leave it away, or use --device cpu"
+        )
+    if config.cache_dtype == "fp8" and device == "cpu":
+        raise ConfigError(
+            "--cache-dtype fp8 was asked for on CPUs, whose kernels read none; use --cache-dtype int8, "
+            "which is as small, or leave it away"
         )

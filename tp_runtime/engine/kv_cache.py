@@ -30,7 +30,7 @@ class CacheShape:
     @property
     def vector_bytes(self) -> int:
         """Bytes of one token's key, or value, of one head, its scale included."""
-        return cache_vector_bytes(self.head_dim, self.dtype.itemsize)
+        return cache_vector_bytes(self.head_dim, self.dtype.itemsize, scaled=self.dtype is torch.int8)
 
     @property
     def block_bytes(self) -> int:

@@ -19,7 +19,7 @@ from ..sharding.plan import Plan
 from ..sharding.rules import DecoderShape, plan_decoder
 from .kv_blocks import BLOCK_SIZE
 
-DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}
+DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1, "fp8": 1}
 # The interpreter, torch, compiled code, a prompt's activations, and room to read the next tensor.
 OVERHEAD_BYTES = 700 << 20
 MOST_DEFAULT_CONTEXT = 8192
@@ -171,9 +171,9 @@ def local_kv_heads(plan: Plan, rank: int, model: ModelConfig) -> int:
     return plan["model.layers.0.self_attn.k_proj.weight"].local_shape(rank)[0] // model.head_dim
 
 
-def cache_vector_bytes(head_dim: int, number_bytes: int) -> int:
-    """Bytes of one token's key, or value, of one head; numbers of one byte (int8) have an fp32 scale."""
-    return head_dim * number_bytes + (4 if number_bytes == 1 else 0)
+def cache_vector_bytes(head_dim: int, number_bytes: int, *, scaled: bool) -> int:
+    """Bytes of one token's key, or value, of one head. scaled: with an fp32 scale, as int8's are."""
+    return head_dim * number_bytes + (4 if scaled else 0)
 
 
 def memory_plan(
@@ -188,7 +188,7 @@ def memory_plan(
     """Every rank's bytes. limits: free bytes of each rank; None where unknown."""
     world, context = plan.world_size, context_limit(config, model)
     cache_dtype = dtype if config.cache_dtype == "auto" else config.cache_dtype
-    vector_bytes = cache_vector_bytes(model.head_dim, DTYPE_BYTES[cache_dtype])
+    vector_bytes = cache_vector_bytes(model.head_dim, DTYPE_BYTES[cache_dtype], scaled=cache_dtype == "int8")
     ranks = []
     for rank in range(world):
         weights = sum(

@@ -6,7 +6,7 @@ queries query_start[r] .. query_start[r+1]-1, its last of context_lens[r] cached
 
 An int8 cache has scales beside it, fp32 [num_blocks, num_kv_heads, block_size], keys and values apart: a
 token's numbers of one head, times their scale, are what was written, to within half a scale. That is D + 4
-bytes where bf16 takes 2 D.
+bytes where bf16 takes 2 D. An fp8 cache (e4m3, on GPUs) has none: numbers are what they are, to 448.
 
 The C++ kernels read the blocks where they lie; rows of more than 16 queries are gathered, once, for torch's
 flash attention, which is compute-bound there. The reference gathers every row's. Legend: T tokens, R rows,

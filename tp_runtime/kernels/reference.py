@@ -64,9 +64,29 @@ def write_cache(
     block, place = slots_T // k_cache.shape[2], slots_T % k_cache.shape[2]
     for x_THD, cache, scales in ((k_THD, k_cache, key_scales), (v_THD, v_cache, value_scales)):
         if scales is None:
-            cache[block, :, place] = x_THD.to(cache.dtype)
+            _bits(cache)[block, :, place] = _bits(_within(x_THD, cache.dtype))
         else:
             cache[block, :, place], scales[block, :, place] = quantize_int8(x_THD)
+
+
+def _bits(x: Tensor) -> Tensor:
+    """fp8 as bytes, which torch can index everywhere."""
+    return x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x
+
+
+def _within(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in dtype; of fp8, which has no infinity, the largest number where x is beyond."""
+    if dtype == torch.float8_e4m3fn:
+        most = torch.finfo(dtype).max
+        x = x.float().clamp(-most, most)
+    return x.to(dtype)
+
+
+def _gathered(cache: Tensor, blocks: Tensor, scales: Tensor | None) -> Tensor:
+    """The blocks [B, heads, block_size, D], as numbers that can be multiplied."""
+    if cache.dtype == torch.float8_e4m3fn:
+        return _bits(cache)[blocks].view(cache.dtype).float()
+    return cache[blocks] if scales is None else cache[blocks] * scales[blocks].unsqueeze(-1)
 
 
 def _attend_row(q_THD: Tensor, k_HSD: Tensor, v_HSD: Tensor, scale: float, window: int) -> Tensor:
@@ -117,10 +137,7 @@ def attend_paged(
         blocks = block_table_RB[row, : -(-context // block_size)].long()
         # [blocks, heads, block_size, D] -> [heads, S, D]
         k_HSD, v_HSD = (
-            (cache[blocks] if scales is None else cache[blocks] * scales[blocks].unsqueeze(-1))
-            .transpose(0, 1)
-            .flatten(1, 2)[:, :context]
-            .to(q_THD.dtype)
+            _gathered(cache, blocks, scales).transpose(0, 1).flatten(1, 2)[:, :context].to(q_THD.dtype)
             for cache, scales in ((k_cache, key_scales), (v_cache, value_scales))
         )
         out_THD[start:stop] = _attend_row(q_THD[start:stop], k_HSD, v_HSD, scale, window)

@@ -89,6 +89,13 @@ def test_an_int8_cache_on_a_gpu(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_an_fp8_cache_on_cpus() -> None:
+    words = ["--prompt", "x", "--model", "llama-1b", "--random-weights", "--device", "cpu"]
+    with pytest.raises(ConfigError, match="fp8 was asked for on CPUs.*--cache-dtype int8") as caught:
+        generate.check([*words, "--cache-dtype", "fp8"], 1)
+    assert "\n" not in str(caught.value)
+
+
 def test_an_empty_stop_string_is_refused() -> None:
     with pytest.raises(RequestError, match="stop string is empty"):
         settings("--stop", "")

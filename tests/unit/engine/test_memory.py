@@ -109,7 +109,7 @@ def test_the_planned_cache_is_the_one_that_is_made(cache_dtype: str, world: int)
     config = EngineConfig(cache_dtype=cache_dtype, context=4096)
     plan = sharding_plan(model, world)
     sums = memory_plan(model, plan, config, dtype="fp32", format_of=formats(config), limits=[None] * world)
-    number_bytes = {"auto": 4, "bf16": 2, "int8": 1}[cache_dtype]
+    number_bytes = {"auto": 4, "bf16": 2, "int8": 1, "fp8": 1}[cache_dtype]
     for rank in sums.ranks:
         shape = cache_shape(plan, rank.rank, model, config, "fp32")
         assert rank.cache_bytes == shape.block_bytes * shape.blocks_for(4096)

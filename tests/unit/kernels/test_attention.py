@@ -19,6 +19,7 @@ from tp_runtime.kernels.attention import Scales, cache_write, paged_attention
 from tp_runtime.kernels.cpu import build
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2 * 2**-7, torch.float16: 2 * 2**-10}
+FP8 = torch.float8_e4m3fn
 TOLERANCE[torch.int8] = TOLERANCE[torch.bfloat16]
 
 
@@ -275,3 +276,22 @@ def test_impossible_steps_are_refused() -> None:
         cache_write(
             torch.zeros(1, 2, 16), torch.zeros(1, 2, 16), step.keys, step.values, torch.tensor([9999])
         )
+
+
+def test_an_fp8_cache_in_the_twin() -> None:
+    torch.manual_seed(0)
+    k, v = torch.randn(5, 1, 16), torch.randn(5, 1, 16)
+    v[3, 0, 2], v[4, 0, 1] = 1000.0, -torch.inf  # which fp8 cannot hold
+    fp8, plain = (
+        [torch.full((2, 1, 8, 16), torch.nan).to(dtype) for _ in "kv"] for dtype in (FP8, torch.float)
+    )
+    slots = torch.tensor([8, 9, 10, 11, 12])
+    cache_write(k, v, *fp8, slots, backend="reference")
+    cache_write(k.to(FP8).float(), v.clamp(-448, 448).to(FP8).float(), *plain, slots, backend="reference")
+    assert torch.equal(fp8[1].float().nan_to_num(7), plain[1].nan_to_num(7))
+    lines = (torch.tensor([[1]]).int(), torch.tensor([0, 2]).int(), torch.tensor([5]).int())
+    found, wanted = (
+        paged_attention(torch.ones(2, 1, 16), *cache, *lines, 0.25, backend="reference")
+        for cache in (fp8, plain)
+    )
+    assert torch.equal(found, wanted) and not found.isnan().any()

@@ -6,7 +6,9 @@ key-value head is divided among programs that take runs of blocks, and the last 
 partial softmaxes together (in the order of the runs, so the result does not depend on who was last).
 Context lengths are read from device memory: a captured step serves every length.
 
-The cache is [blocks, key-value heads, block size, D]. Legend: T tokens, H query heads, K key-value heads,
+The cache is [blocks, key-value heads, block size, D], in bf16, fp16 or fp8 (e4m3 as such, without scales).
+
+Legend: T tokens, H query heads, K key-value heads,
 D head_dim, S splits of the projection's K dimension.
 """
 
@@ -27,6 +29,14 @@ def _head_norm(left, right, weight_ptr, half, D: tl.constexpr, eps):
     left = left * scale * tl.load(weight_ptr + half).to(tl.float32)
     right = right * scale * tl.load(weight_ptr + D // 2 + half).to(tl.float32)
     return left, right
+
+
+@triton.jit
+def _put(pointer, value):
+    """Store in the pointer's type; beyond what fp8 holds, the largest it does."""
+    if pointer.dtype.element_ty == tl.float8e4nv:
+        value = tl.minimum(tl.maximum(value, -448.0), 448.0)
+    tl.store(pointer, value.to(pointer.dtype.element_ty))
 
 
 @triton.jit
@@ -78,11 +88,11 @@ def rope_write_kernel(
         kv_head = (head - H) % K
         at = ((block * K + kv_head) * BLOCK + position % BLOCK) * D
         if head < H + K:
-            tl.store(k_cache_ptr + at + half, left.to(k_cache_ptr.dtype.element_ty))
-            tl.store(k_cache_ptr + at + D // 2 + half, right.to(k_cache_ptr.dtype.element_ty))
+            _put(k_cache_ptr + at + half, left)
+            _put(k_cache_ptr + at + D // 2 + half, right)
         else:
-            tl.store(v_cache_ptr + at + half, left.to(v_cache_ptr.dtype.element_ty))
-            tl.store(v_cache_ptr + at + D // 2 + half, right.to(v_cache_ptr.dtype.element_ty))
+            _put(v_cache_ptr + at + half, left)
+            _put(v_cache_ptr + at + D // 2 + half, right)
 
 
 @triton.jit
@@ -143,8 +153,8 @@ def decode_kernel(
         at = block * BLOCK + s[None, :]
         valid = (at < context) & (at >= lowest)
         # A slot that was never written may hold NaN, and 0 * NaN is NaN.
-        v = tl.where((block * BLOCK + s[:, None]) < context, v, 0.0)
-        m, total, acc = _softmax_step(q, k.to(q.dtype), v.to(q.dtype), m, total, acc, valid, scale * _LOG2E)
+        v = tl.where((block * BLOCK + s[:, None]) < context, v.to(q.dtype), 0.0)
+        m, total, acc = _softmax_step(q, k.to(q.dtype), v, m, total, acc, valid, scale * _LOG2E)
     if PDL:
         # Not earlier: a linear's programs would crowd onto the processors that are done here first.
         start_next()
