@@ -4,7 +4,7 @@ Copies of a weight worth 600 MB run back to back in one CUDA graph, so that the 
 time is the median replay over the number of copies. Tiles are compiled by many processes first.
 
     python benchmarks/cuda_gemv.py [--models llama-70b/2,llama-8b/1] [--kinds int8,none] [--rows 1]
-        [--chosen] [--json FILE]
+        [--linears gate_up,down] [--chosen] [--json FILE]
 
 Weights and launches are those of tp-bench kernels --device cuda, which measures the runtime's own tiles.
 --chosen: only the tile that the runtime takes; without it every candidate is timed, and the best are shown.
@@ -22,15 +22,16 @@ import time
 from typing import Any
 
 Shape = tuple[str, str, int, int, bool]  # model/ranks, linear, outputs, inputs, whether it is gated
-# (outputs a tile, bytes of each row a tile, warps, stages); int4's bytes follow from the group.
+# (rows of W a tile, bytes of each row a tile, warps, stages); int4's bytes follow from the group.
 TILES = [
     (16, 256, 1, 4), (16, 512, 1, 4), (16, 256, 1, 6), (32, 256, 1, 4), (32, 256, 2, 4), (32, 512, 2, 4),
     (32, 512, 4, 3), (64, 128, 4, 4), (64, 128, 4, 6), (64, 256, 4, 3), (64, 256, 4, 4), (64, 256, 8, 4),
-    (64, 512, 4, 3), (64, 256, 2, 4), (128, 128, 4, 4), (128, 128, 8, 4), (128, 256, 8, 3),
+    (64, 512, 4, 3), (64, 256, 2, 3),
+    (64, 256, 2, 4), (128, 128, 4, 4), (128, 128, 8, 4), (128, 256, 4, 3), (128, 256, 8, 3),
 ]  # fmt: skip
 INT4_TILES = [
     (16, 1, 4), (16, 1, 8), (32, 1, 4), (32, 2, 4), (32, 2, 6), (64, 2, 4), (64, 4, 2), (64, 4, 3),
-    (64, 4, 4), (64, 4, 6), (128, 4, 3), (128, 8, 3),
+    (64, 4, 4), (64, 4, 6), (64, 2, 6), (128, 4, 3), (128, 4, 4), (128, 8, 3),
 ]  # fmt: skip
 SPLITS = (1, 2, 4, 8)
 NUM_SUMS = 8  # of every linear's norm, so that tiles of all shapes are compiled once
@@ -63,7 +64,7 @@ def candidates(kind: str, shape: Shape, chosen: bool) -> list[Any]:
 
     _, _, n, k, gated = shape
     if chosen:
-        return [choose_tile(make_weights(kind, n, k, 1)[0][0], k, 1, gated=gated, split=shape[1] != "head")]
+        return [choose_tile(make_weights(kind, n, k, 1)[0][0], k, gated=gated, split=shape[1] != "head")]
     found = []
     splits = [1] if gated else [each for each in SPLITS if each == 1 or k // each >= 1024]
     if kind.startswith("int4"):
@@ -140,11 +141,13 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--models", default="llama-70b/2")
     parser.add_argument("--kinds", default="int8,int4-g128,none,fp8,int4-g32")
+    parser.add_argument("--linears", default="qkv,o,gate_up,down,head")
     parser.add_argument("--rows", type=int, default=1)
     parser.add_argument("--chosen", action="store_true")
     parser.add_argument("--json")
     args = parser.parse_args()
-    kinds, shapes = args.kinds.split(","), shapes_of(args.models)
+    kinds, wanted = args.kinds.split(","), args.linears.split(",")
+    shapes = [shape for shape in shapes_of(args.models) if shape[1] in wanted]
     started = time.time()
     processes = max(1, min(14, (os.cpu_count() or 1) - 2))
     context = multiprocessing.get_context("spawn")

@@ -85,9 +85,7 @@ def _linear(module: nn.Module | None, *, gated: bool = False, split: bool = True
     if gated and bias is not None:
         return None
     outputs = weight.n // (2 if gated else 1)
-    return Linear(
-        weight, bias, choose_tile(weight.tensors[0], weight.k, 1, gated=gated, split=split), outputs
-    )
+    return Linear(weight, bias, choose_tile(weight.tensors[0], weight.k, gated=gated, split=split), outputs)
 
 
 def _layer(layer: DecoderLayer, window: int) -> Layer | None:

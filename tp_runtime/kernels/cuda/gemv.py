@@ -195,16 +195,21 @@ def gemv_kernel(
     STAGES: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, ASM: tl.constexpr,
     AHEAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One tile of BN outputs over one split of K; see the module.
+    """One tile of BN rows of W over one split of K; see the module. GATED: half of them of the gate.
 
     x [R, K] bf16. N: outputs (of W's N rows, or where GATED of its gate half; the up half follows). y:
     [SPLITS, R, N], or with one split [R, N] in its own dtype. AHEAD: lines of 128 bytes, of each row, that
     are asked for before the kernel waits for x.
     """
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    OUTPUTS: tl.constexpr = BN // 2 if GATED else BN
+    n = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     split, splits = tl.program_id(1), tl.num_programs(1)
     r = tl.arange(0, BR)
-    row = n if EVEN_N else tl.minimum(n, N - 1)
+    place = tl.arange(0, BN)
+    row = tl.program_id(0) * OUTPUTS + place % OUTPUTS
+    if not EVEN_N:
+        row = tl.minimum(row, N - 1)
+    row += place // OUTPUTS * N
     W_ROWS = 2 * N if GATED else N
     STEP: tl.constexpr = 2 * G if KIND == INT4 else BK
     k = tl.arange(0, G if KIND == INT4 else BK)
@@ -240,20 +245,8 @@ def gemv_kernel(
         rms = tl.rsqrt(tl.sum(squares, axis=1) / K + eps)
         acc *= rms[None, :]
     if GATED:
-        up = tl.zeros([BN, BR], tl.float32)
-        w_ptrs += N.to(tl.int64) * w_stride
-        if KIND == INT4:
-            up = _accumulate_int4(
-                up, w_ptrs, x_ptrs, scale_ptr + N + row, offset_ptr + N + row, first, steps, R, W_ROWS, K,
-                r, k, G, ASYMMETRIC, STAGES, EVEN_K, ASM,
-            )  # fmt: skip
-        else:
-            up = _accumulate(up, w_ptrs, x_ptrs, first, steps, R, K, r, k, KIND, BK, STAGES, EVEN_K, ASM)
-        if (KIND == INT8) | (KIND == FP8):
-            up *= tl.load(scale_ptr + N + row)[:, None]
-        if NUM_SUMS > 0:
-            up *= rms[None, :]
-        acc = acc / (1.0 + tl.exp(-acc)) * up
+        gate, up = tl.split(tl.permute(tl.reshape(acc, [2, OUTPUTS, BR]), (1, 2, 0)))
+        acc = gate / (1.0 + tl.exp(-gate)) * up
     if PDL:
         start_next()
     y_ptrs = y_ptr + (split * R + r[None, :]) * N + n[:, None]

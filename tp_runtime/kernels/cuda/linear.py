@@ -21,14 +21,13 @@ from .gemv import BF16, FP8, INT4, INT8, gemv_kernel
 
 MOST_ROWS = 16
 _SLICE_VALUES = 64 << 20  # bf16 values made at a time; fewer leave cuBLAS too few tiles for all processors
-_RESIDENT = 396  # tiles of 64 outputs that 132 processors hold at a time
 _LINES_AHEAD = 2  # of each row of a tile, asked for before a linear waits; four are slower than none
 _INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 
 @dataclass(frozen=True)
 class Tile:
-    """How a gemv is cut: BN outputs and BK columns a tile, splits of K, warps, pipeline stages."""
+    """How a gemv is cut: BN rows and BK columns of W a tile, splits of K, warps, pipeline stages."""
 
     bn: int
     bk: int
@@ -43,30 +42,41 @@ def kind_of(w: Tensor) -> int:
     return int(kinds[w.dtype].value)
 
 
-def choose_tile(w: Tensor, k: int, rows: int, *, gated: bool, split: bool = True) -> Tile:
+def choose_tile(w: Tensor, k: int, *, gated: bool, split: bool = True) -> Tile:
     """The tile for a weight: as measured on an H200 by benchmarks/cuda_gemv.py.
 
     split: whether K may be split (a gated linear's never is). int4 has half the bytes in a tile and wants
     twice the programs.
     """
-    kind, n = kind_of(w), w.shape[0] // (2 if gated else 1)
+    kind, n = kind_of(w), w.shape[0]
+    if gated:
+        return _gated_tile(kind, n)
 
     def split_until(programs: int, bn: int) -> int:
-        count, most = 1, 8 if split and not gated else 1
+        count, most = 1, 8 if split else 1
         while -(-n // bn) * count < programs and count < most and k // (2 * count) >= 1024:
             count *= 2
         return count
 
-    crowded = gated and -(-n // 64) > _RESIDENT
     if kind == BF16.value:
-        return Tile(16, 128, 1, 1, 6) if gated else Tile(32, 128, split_until(1024, 32), 1, 4)
+        return Tile(32, 128, split_until(320, 32), 1, 4) if split else Tile(16, 256, 1, 1, 4)
     if kind == INT4.value:
-        if crowded:
-            return Tile(32, 0, 1, 1, 4)
-        return Tile(64, 0, split_until(512, 64), 4, 4 if gated else 3)
-    if crowded:
-        return Tile(64, 512, 1, 4, 3)
-    return Tile(64, 256, split_until(256, 64), 4, 4 if split else 3)
+        return Tile(64, 0, split_until(512, 64), 4, 3)
+    if kind == FP8.value and split:
+        return Tile(64, 128, split_until(320, 64), 4, 4)
+    return Tile(64, 256, split_until(256, 64), 4, 3)
+
+
+def _gated_tile(kind: int, n: int) -> Tile:
+    """Of n rows of gate and up: where they are few or many, small tiles spread them evenly enough."""
+    if kind == BF16.value:
+        return Tile(32, 128, 1, 1, 4)
+    many, few = n >= 40_000, n < 20_000
+    if kind == INT4.value:
+        return Tile(32, 0, 1, 2, 6 if few else 4) if many or few else Tile(128, 0, 1, 4, 4)
+    if many:
+        return Tile(32, 512, 1, 2, 4)
+    return Tile(64, 256, 1, 4, 4) if few else Tile(128, 256, 1, 8, 3)
 
 
 @torch.library.custom_op("tp_cuda::gemv_", mutates_args=("y",))
@@ -128,7 +138,8 @@ def launch_gemv(
     assert y.numel() == tile.splits * rows * n and not (gated and tile.splits > 1), (y.shape, tile)
     step = 2 * group_size if kind == INT4.value else tile.bk
     dummy = x
-    gemv_kernel[(triton.cdiv(n, tile.bn), tile.splits)](
+    outputs = tile.bn // 2 if gated else tile.bn
+    gemv_kernel[(triton.cdiv(n, outputs), tile.splits)](
         x,
         w.view(torch.uint8) if kind == FP8.value else w,
         dummy if scale is None else scale,
@@ -149,7 +160,7 @@ def launch_gemv(
         BK=tile.bk,
         BR=8 if rows <= 8 else 16,
         STAGES=tile.stages,
-        EVEN_N=n % tile.bn == 0,
+        EVEN_N=n % outputs == 0,
         EVEN_K=k % step == 0,
         ASM=not _INTERPRETED,
         AHEAD=_LINES_AHEAD,
@@ -226,7 +237,7 @@ def _(x: Tensor, tensors: list[Tensor], group_size: int, gated: bool) -> Tensor:
 
 def _few_rows(x_RK: Tensor, tensors: tuple[Tensor, ...], group_size: int, gated: bool) -> Tensor:
     rows, k = x_RK.shape
-    tile = choose_tile(tensors[0], k, rows, gated=gated)
+    tile = choose_tile(tensors[0], k, gated=gated)
     n = tensors[0].shape[0] // (2 if gated else 1)
     y_SRN = torch.empty((tile.splits, rows, n), dtype=torch.float32, device=x_RK.device)
     gemv_(x_RK.bfloat16().contiguous(), tensors, y_SRN, group_size=group_size, gated=gated, tile=tile)
