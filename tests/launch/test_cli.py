@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tp_testing import sysfs_writer
+from tp_testing import sysfs_writer, trees
 
 from tp_runtime.launch import capture, cli, doctor, pci, preload, residency
 from tp_runtime.launch.placement import plan_ranks
@@ -167,6 +167,15 @@ def test_capture_holds_what_doctor_and_plans_read_and_no_serial_number(tmp_path:
     assert (tmp_path / "host/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages").read_text() == "12\n"
     archive = (tmp_path / "host.tar").read_bytes()
     assert b"GPU-" not in archive and b"1234cafe" not in archive
+
+
+@pytest.mark.parametrize("name", trees.CAPTURED)
+def test_a_captured_gpu_host_plans_as_it_did_there(
+    name: str, machine: Machine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--sysroot", str(machine(name)), "--nproc", "4", "--numa", "--dry-run", "generate.py"]
+    assert cli.main([*words, "--model", "llama-70b", "--random-weights", "--prompt", "hi"]) == 0
+    assert capsys.readouterr().out == (trees.CAPTURES / f"{name}.plan").read_text()
 
 
 def test_a_gpu_host_survives_capture(machine: Machine, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Real machines' sysfs trees (tests/data/topologies) and what hwloc makes of them.
+"""Real machines' sysfs trees (tests/data/topologies) and what hwloc makes of them; and captured hosts.
 
 hwloc's text output nests by indentation: the CPUs of a NUMANode are those below its parent (memory-side
 caches between the two are looked through). Its XML has each node's CPU set as an attribute.
@@ -14,7 +14,14 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 DATA = Path(__file__).parents[2] / "data" / "topologies"
-NAMES = tuple(sorted(path.name.removesuffix(".tar.bz2") for path in DATA.glob("*.tar.bz2")))
+CAPTURES = DATA.parent / "captures"
+
+
+def _archives(folder: Path) -> tuple[str, ...]:
+    return tuple(sorted(path.name.removesuffix(".tar.bz2") for path in folder.glob("*.tar.bz2")))
+
+
+NAMES, CAPTURED = _archives(DATA), _archives(CAPTURES)
 # hwloc was run inside their control groups and shows only what is allowed there.
 CGROUP_NAMES = ("16amd64-4n4c-cgroup-distance-merge", "32amd64-4s2n4c-cgroup2")
 
@@ -37,7 +44,8 @@ def extract(name: str, folder: Path) -> Path:
         target.mkdir(parents=True)
         # The tar command takes a second where Python's module takes ten (16,000 files).
         command = ["tar", "xf", "-", "-C", str(target), "--exclude=cpuidle", "--exclude=node/node*/memory*"]
-        subprocess.run(command, input=bz2.decompress((DATA / f"{name}.tar.bz2").read_bytes()), check=True)
+        archive = (CAPTURES if name in CAPTURED else DATA) / f"{name}.tar.bz2"
+        subprocess.run(command, input=bz2.decompress(archive.read_bytes()), check=True)
     (root,) = (path for path in target.iterdir() if path.is_dir())
     return root
 
