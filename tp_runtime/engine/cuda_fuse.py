@@ -19,6 +19,7 @@ from ..kernels.linear import PreparedWeight, weight_only_linear
 from ..models.llama import DecoderLayer, Llama
 from ..quant.linear import QuantLinear
 from ..sharding.layers import RowParallelLinear
+from .device_memory import give_back_where_tight
 
 
 class FusedLinear(nn.Module):
@@ -114,3 +115,4 @@ def fuse_projections(model: Llama) -> None:
             mlp.gate_up_proj = gate_up
             for name in ("gate_proj", "up_proj"):
                 setattr(mlp, name, None)
+        give_back_where_tight()

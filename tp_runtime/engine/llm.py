@@ -31,6 +31,7 @@ from .build import build_runner, usable_device
 from .burst import decode_burst, pack_burst, unpack_burst
 from .ceiling import job_read_ceiling_gb_s
 from .channel import Channel, Operation, from_words, to_words
+from .device_memory import device_memory_errors
 from .figures import Timing
 from .kv_blocks import BlockPool
 from .sequence import Completion
@@ -71,6 +72,16 @@ class LLM:
         attach(group, self.config.load_timeout_s, transport=self.config.collectives)
         self.rank, self.world_size = meshes.tp_rank(self.mesh), meshes.tp_size(self.mesh)
         self.read_ceiling_gb_s = job_read_ceiling_gb_s(self.mesh, device) if measure_ceiling else None
+        with device_memory_errors(self.world_size):
+            self._make_ready(device)
+        limit_s = (
+            self.config.collective_timeout_s or env.get_float("TP_COLLECTIVE_TIMEOUT") or DECODE_TIMEOUT_S
+        )
+        self._channel = Channel(
+            self.runner.group, limit_s=limit_s, patience_s=max(limit_s, self.config.load_timeout_s)
+        )
+
+    def _make_ready(self, device: str) -> None:
         self.built = build_runner(self.source, self.config, self.mesh, device)
         self.runner = self.built.runner
         self.pool = BlockPool(self.runner.cache.num_blocks, self.runner.cache.shape.block_size)
@@ -80,12 +91,6 @@ class LLM:
         self.runner.warm_up()
         if self.speculator is not None:
             self.speculator.warm_up(self.runner)
-        limit_s = (
-            self.config.collective_timeout_s or env.get_float("TP_COLLECTIVE_TIMEOUT") or DECODE_TIMEOUT_S
-        )
-        self._channel = Channel(
-            self.runner.group, limit_s=limit_s, patience_s=max(limit_s, self.config.load_timeout_s)
-        )
 
     @property
     def tokenizer(self) -> Tokenizer | ByteTokenizer:

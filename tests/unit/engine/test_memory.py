@@ -6,11 +6,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from tp_runtime.checkpoint.inventory import TensorInfo
 from tp_runtime.config import CACHE_DTYPES, EngineConfig
 from tp_runtime.engine import host_memory
 from tp_runtime.engine.build import cache_shape
+from tp_runtime.engine.device_memory import device_memory_errors
 from tp_runtime.engine.figures import Timing, last_level_cache_bytes, weight_bytes_per_token
 from tp_runtime.engine.host_memory import free_bytes_by_rank, host_free_bytes
 from tp_runtime.engine.kv_cache import KVCache
@@ -184,3 +186,15 @@ def test_the_limit_holds_for_all_ranks_together(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(host_memory, "_free_of_node", lambda node: (3 if node else 1) << 30)
     monkeypatch.setattr(host_memory, "host_free_bytes", lambda: 1 << 30)
     assert free_bytes_by_rank(2, "cpu") == [1 << 28, 3 << 28]
+
+
+def test_a_full_gpu_is_one_sentence() -> None:
+    said = "CUDA out of memory. Tried to allocate 896.00 MiB. GPU 0 has a total capacity of 139.80 GiB"
+    with (
+        pytest.raises(
+            MemoryLimitError, match=r"896\.00 MiB was asked for .* more than 2 ranks .*--quant"
+        ) as it,
+        device_memory_errors(2),
+    ):
+        raise torch.OutOfMemoryError(said)
+    assert "\n" not in str(it.value)
