@@ -83,14 +83,14 @@ def _measured(options: Options, name: str, model: ModelConfig) -> dict[str, Any]
     kept = KeptRuns(_folder(args), "scaling_runs.json")
     cases, left_out = _cases(options)
     runs, failed = _runs(cases, kept, args)
-    last = [found[-1] for found in runs.values()][-1]
+    last = max((found[-1] for found in runs.values()), key=lambda run: int(run["world_size"]))
     several = sorted({ranks for _, ranks in runs if ranks > 1})
     reduce_us = {ranks: _all_reduce_us(model, ranks, last["device"], kept, args) for ranks in several}
     points = [_point(found) for found in runs.values()]
     rows, fit = _over_model(options, model, points, reduce_us)
     return {
         "model": name,
-        "host": "here",
+        "host": _hardware(last["card"]),
         "rounds": args.rounds,
         "fit": vars(fit),
         "all_reduce_us": reduce_us,
@@ -98,6 +98,12 @@ def _measured(options: Options, name: str, model: ModelConfig) -> dict[str, Any]
         "left_out": left_out + failed,
         "card": last["card"],
     }
+
+
+def _hardware(card: dict[str, Any]) -> str:
+    """What the ranks ran on, in words."""
+    gpus = card.get("gpus") or []
+    return f"{len(gpus)} x {gpus[0]}" if gpus else str(card["cpu"])
 
 
 def _cases(options: Options) -> tuple[list[Case], list[dict[str, Any]]]:
@@ -187,6 +193,8 @@ def _all_reduce_us(model: ModelConfig, ranks: int, device: str, kept: KeptRuns, 
 def _point(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """One case over its rounds."""
     speed = Spread.of([run["tok_s"] for run in found])
+    if len(found) == 1:  # the spread over its own repeats
+        speed = Spread(speed.median, found[0]["tok_s_p10"], found[0]["tok_s_p90"])
     shares = [run["mbu"] for run in found if run["mbu"] is not None]
     kept = (
         "quant", "world_size", "threads", "dtype", "weight_bytes_per_token", "cache_resident", "layers",
@@ -273,7 +281,7 @@ def markdown(document: dict[str, Any]) -> str:
         ]
         lines += ["", "Nothing was measured; the constants are assumptions of configs/hosts and predict.py."]
         return "\n".join(lines) + "\n"
-    lines += [f"- {key}: {value}" for key, value in document["card"].items()]
+    lines += [f"- {key}: {value}" for key, value in document["card"].items() if value not in (None, [])]
     lines += [f"- rounds: {document['rounds']}, fit: {document['fit']}", ""]
     lines += [
         "| quant | ranks x threads | tokens/s (p10..p90) | over fewest ranks | predicted | collectives | "
