@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -20,7 +21,8 @@ class RunFailed(Exception):
     """The ranks ended with `code` and have said why on stderr."""
 
     def __init__(self, code: int) -> None:
-        super().__init__(f"the measurement ended with code {code}")
+        how = f"by {signal.Signals(-code).name}" if code < 0 else f"with code {code}"
+        super().__init__(f"the measurement ended {how}")
         self.code = code
 
 

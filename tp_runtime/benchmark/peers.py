@@ -1,11 +1,12 @@
 """peers: the same shape in llama.cpp (llama-cpp-python) and in transformers, interleaved with ours.
 
 Every round runs each row once, each in a process of its own on the same threads; a row's figure is the
-median over rounds. A peer that is not installed is named and left out. Formats differ in their scales, so
-each row shows the bits a weight takes on its side, and its own MBU by its own bytes and its own reading of
-the ceiling. Weights are random unless --gguf gives both sides one file, whose tensors then say what a token
-reads. Beside a peer's row stands our speed in the same bits over it; beside ours, its speed over eager bf16
-and the target of that, 0.80 x the ratio of bytes / eager's own MBU. No torch here.
+median over rounds. A peer that is not installed, or that fails, is named and left out. Formats differ in
+their scales, so each row shows the bits a weight takes on its side, and its own MBU by its own bytes and
+its own reading of the ceiling. Weights are random unless --gguf gives both sides one file, whose tensors
+then say what a token reads. Beside a peer's row stands our speed in the same bits over it; beside ours, its
+speed over eager bf16 and the target of that, 0.80 x the ratio of bytes / eager's own MBU.
+No torch here.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import statistics
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from ..engine.source import ModelSource, resolve
 from ..errors import ConfigError
 from ..models.config import ModelConfig
 from .definitions import bits_of, bits_per_weight, is_cache_resident, linears, mbu
-from .launching import Progress, run_program, run_ranks
+from .launching import Progress, RunFailed, run_program, run_ranks
 from .options import Options, check_engine, engine_words, quants
 
 GGUF_OF = {"none": "BF16", "int8": "Q8_0", "int8-g32": "Q8_0", "int4": "Q4_0", "int4-g32": "Q4_0"}
@@ -112,22 +113,44 @@ def run(options: Options) -> dict[str, Any]:
     absent = missing()
     for name in absent:
         sys.stdout.write(f"{name} is not installed ({_PACKAGES[name]}) and is left out\n")
-    found: dict[Row, list[dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         rows = list(_rows(options, engine, source, absent, Path(folder)))
-        progress = Progress(len(rows) * args.repeat)
-        for _ in range(args.repeat):
-            for row in rows:
-                one = _run_row(row, options, engine, source)
-                found.setdefault(row, []).append(one)
-                sys.stdout.write(
-                    f"{row.runtime} {row.format} {one['tok_s']:.2f} tokens/s {progress.step()}\n"
-                )
-                sys.stdout.flush()
+        found, failed = _turns(rows, args.repeat, lambda row: _run_row(row, options, engine, source))
     results = beside_eager([_result(row, runs) for row, runs in found.items()])
     sys.stdout.write(table(results))
     card = next(runs[-1]["card"] for row, runs in found.items() if row.runtime == "tp_runtime")
-    return {"model": source.name, "missing": list(absent), "peers": results, "card": card}
+    return {
+        "model": source.name,
+        "missing": list(absent),
+        "failed": [{"runtime": row.runtime, "format": row.format, "why": why} for row, why in failed.items()],
+        "peers": results,
+        "card": card,
+    }
+
+
+def _turns(
+    rows: Sequence[Row], repeat: int, measure: Callable[[Row], dict[str, Any]]
+) -> tuple[dict[Row, list[dict[str, Any]]], dict[Row, str]]:
+    """Documents of each row, which take turns, and why a peer has none. Raises what our own rows raise."""
+    found: dict[Row, list[dict[str, Any]]] = {}
+    failed: dict[Row, str] = {}
+    progress = Progress(len(rows) * repeat)
+    for row in (row for _ in range(repeat) for row in rows):
+        if row in failed:
+            continue
+        try:
+            one = measure(row)
+        except RunFailed as error:
+            if row.runtime == "tp_runtime":
+                raise
+            failed[row] = str(error)
+            found.pop(row, None)
+            sys.stdout.write(f"{row.runtime} {row.format} is left out: {error} {progress.step()}\n")
+        else:
+            found.setdefault(row, []).append(one)
+            sys.stdout.write(f"{row.runtime} {row.format} {one['tok_s']:.2f} tokens/s {progress.step()}\n")
+        sys.stdout.flush()
+    return found, failed
 
 
 def _rows(

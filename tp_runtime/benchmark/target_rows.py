@@ -165,7 +165,7 @@ def _over_llama_cpp(document: dict[str, Any], targets: dict[str, float]) -> Iter
     theirs = {row["against"]: row for row in document["peers"] if row["runtime"] == "llama.cpp"}
     for quant, target in targets.items():
         if quant not in theirs:
-            yield Figure(f"{quant} over llama.cpp, which is not installed", None, target)
+            yield Figure(f"{quant} over llama.cpp, which gave none", None, target)
             continue
         mine, peer = ours[quant], theirs[quant]
         what = (

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tp_runtime.benchmark import peers
+from tp_runtime.benchmark.launching import RunFailed
 from tp_runtime.checkpoint.inventory import stored_tensors
 from tp_runtime.config import EngineConfig
 from tp_runtime.engine.source import resolve
@@ -100,3 +101,26 @@ def test_a_file_says_its_bits_and_bytes(kind: str, bits: float, ours: float, tmp
     assert (found.format, found.bits) == (kind, bits)
     assert found.weight_bytes == int(BODY * bits / 8 + HEAD * 8.5 / 8)
     assert peers.stored_bits(EngineConfig(quant="int4"), path) == ours
+
+
+def test_a_peer_that_dies_is_left_out_and_ours_is_not(capsys: pytest.CaptureFixture[str]) -> None:
+    ours, theirs = peers.Row("tp_runtime", "int8", "int8", 8.0), peers.Row("llama.cpp", "Q8_0", "int8", 8.5)
+    asked: list[str] = []
+
+    def measure(row: peers.Row) -> dict[str, Any]:
+        asked.append(row.runtime)
+        if row == theirs and len(asked) > 2:
+            raise RunFailed(-4)
+        return {"tok_s": 1.0}
+
+    found, failed = peers._turns([ours, theirs], 3, measure)
+    assert list(found) == [ours] and len(found[ours]) == 3
+    assert failed == {theirs: "the measurement ended by SIGILL"}
+    assert asked == ["tp_runtime", "llama.cpp"] * 2 + ["tp_runtime"], "asked again after it failed"
+    assert "llama.cpp Q8_0 is left out: the measurement ended by SIGILL" in capsys.readouterr().out
+    with pytest.raises(RunFailed):
+        peers._turns([theirs, ours], 1, lambda row: measure(ours) if row != ours else _fail())
+
+
+def _fail() -> dict[str, Any]:
+    raise RunFailed(1)
