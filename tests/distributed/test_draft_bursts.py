@@ -5,29 +5,17 @@ Bursts are for GPUs; here a runner of the CPU plays one, so that what ranks tell
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from tp_testing import draft_pair
 from tp_testing.ranks import run_ranks
-
-TINY = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 131, "hidden_size": 64,
-    "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "max_position_embeddings": 1024, "tie_word_embeddings": True,
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    """A target and a draft of half its neurons, both without weights."""
-    paths = []
-    for name, neurons in (("target", 128), ("draft", 64)):
-        folder = tmp_path_factory.mktemp(name)
-        (folder / "config.json").write_text(json.dumps({**TINY, "intermediate_size": neurons}))
-        paths.append(str(folder))
-    return paths[0], paths[1]
+    return draft_pair.write(tmp_path_factory.mktemp("pair"))
 
 
 def burst_body(models: tuple[str, str], settings: dict[str, Any]) -> tuple[list[Any], int, float]:

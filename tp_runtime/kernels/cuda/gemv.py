@@ -11,7 +11,10 @@ K is split over programs where N alone gives too few to fill the GPU: each split
 depend on timing.
 
 RMSNorm rides along: with x' = x * norm_weight the norm is a factor a row, known from sums of squares that
-the kernel before left (`sums`, see reduce.py), and is applied to the result.
+the kernel before left (`sums`, see collectives/push.py), and is applied to the result.
+
+Gate and up go through one tile, half of whose rows are of each: one after the other, a program's turns would
+be twice as many, and where there are few programs these turns bound it.
 
 int4 is stored in planes (pack.py): one byte holds a column of one group low and of the next group high, so
 that a tile unpacks into two tiles of one scale a row each. Group scales multiply the fp32 sums of a group,
