@@ -2,8 +2,9 @@
 
 read ceiling      the best that any of 1, 2, 4 and 8 streams a thread reads, in GB/s (10^9 bytes), over at
                   least CACHES_READ times the last-level cache, all ranks reading at once (their rates added
-                  up). Taken before and after each case; the larger counts, so that a noisy neighbour during
-                  one of the readings cannot flatter the case. Another number of threads has its own.
+                  up). Taken before and after each case (kernels: between its passes too); the largest counts,
+                  so that a noisy neighbour during one of the readings cannot flatter the case. Another number
+                  of threads has its own.
 kernels           run over rotating copies of their weight, together as large as the memory of the ceiling,
                   in a loop in C++, which is where the engine's step calls them. (Attention, whose calls take
                   far longer, and the matmuls of many rows are called from Python.) On GPUs all of them are

@@ -31,7 +31,8 @@ from .definitions import PREFILL_ROWS, ceiling_bytes, linears
 from .launching import Progress
 from .read import Ceiling, ReadCeiling, total
 
-PASSES = 5
+PASSES = 5  # of the matmuls of many rows, which are compared turn by turn
+_TURNS, _TURN_PASSES = 4, 3  # of a bandwidth; readings of the ceiling stand before, between and after
 BLOCK_SIZE = 32  # tokens of a cache block, as the engine's
 FEW_ROWS = 16
 _BLOCK_ROWS = 16  # of a packed weight; gate and up are joined where both are whole blocks
@@ -52,13 +53,17 @@ class Bench:
             dist.barrier(self.group)
 
     def bandwidth(self, seconds: Callable[[], float], read: int) -> dict[str, float]:
-        """Rate of what reads `read` bytes in `seconds()`, between two readings of the ceiling."""
+        """Rate of what reads `read` bytes in `seconds()`, in turns with readings of the ceiling.
+
+        Short turns: a shared host's memory changes its speed within seconds, and both are to meet the same.
+        """
         rates = []
         self.ceiling.start_case()
-        for _ in range(PASSES):
-            self.start()
-            rates.append(total(read / seconds() / 1e9, self.group))
-        self.ceiling.read()
+        for _ in range(_TURNS):
+            for _ in range(_TURN_PASSES):
+                self.start()
+                rates.append(total(read / seconds() / 1e9, self.group))
+            self.ceiling.read()
         best, ceiling = max(rates), self.ceiling.best
         return {
             "gb_s": round(best, 6),
@@ -259,7 +264,7 @@ def _for_device(
 
         return kernels_cuda.rows_of, kernels_cuda.bench_of(args.bytes, group)
     num_bytes = args.bytes or ceiling_bytes()
-    return _rows_of, Bench(ReadCeiling(num_bytes, group), num_bytes, group)
+    return _rows_of, Bench(ReadCeiling(num_bytes, group, passes=1), num_bytes, group)
 
 
 @torch.inference_mode()

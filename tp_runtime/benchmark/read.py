@@ -9,8 +9,6 @@ from torch import Tensor
 from ..kernels.cpu import build
 from ..kernels.cpu.read_ceiling import STREAMS
 
-_PASSES = 3
-
 
 class Ceiling:
     """Readings of what the ranks' memory gives, all at once. Every rank makes and reads one.
@@ -49,17 +47,19 @@ class Ceiling:
 class ReadCeiling(Ceiling):
     """Memory kept for reading by the CPUs, at the best number of streams a thread.
 
-    num_bytes: what this rank reads. Raises KernelBuildError where the C++ kernels cannot be built.
+    num_bytes: what this rank reads. passes: a reading takes the best of, at each number of streams. Raises
+    KernelBuildError where the C++ kernels cannot be built.
     """
 
-    def __init__(self, num_bytes: int, group: dist.ProcessGroup | None = None) -> None:
+    def __init__(self, num_bytes: int, group: dist.ProcessGroup | None = None, passes: int = 3) -> None:
         super().__init__(group)
+        self._passes = passes
         build.load()
         self._memory: Tensor = torch.ops.tp_cpu.empty_weight(num_bytes)
         self._memory.fill_(1)  # or the kernel would map all of it to one page of zeros
 
     def _reading(self) -> float:
-        return max(self._together(streams) for streams in STREAMS for _ in range(_PASSES))
+        return max(self._together(streams) for streams in STREAMS for _ in range(self._passes))
 
     def _together(self, streams: int) -> float:
         if self._group is not None:
