@@ -16,6 +16,7 @@ from .attention import decode_kernel, prompt_kernel, rope_write_kernel
 
 HEAD_DIMS = (16, 32, 64, 128, 256)
 _TYPES = (torch.bfloat16, torch.float16)
+_LEAST_BLOCKS = 2  # of a program's run; one makes twice as many partial results, four take too long in turn
 
 
 def takes(q_THD: Tensor) -> bool:
@@ -185,7 +186,7 @@ def decode_attention(
         D=dim,
         ROWS=padded_group(heads, kv_heads),
         SPLITS=scratch.splits,
-        LEAST=1,
+        LEAST=_LEAST_BLOCKS,
         BLOCK=block,
         num_warps=4,
         **launch_options(),

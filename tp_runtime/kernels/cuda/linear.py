@@ -8,7 +8,8 @@ Legend: S splits of K, R rows, N outputs, K inputs.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -43,14 +44,26 @@ def kind_of(w: Tensor) -> int:
 
 
 def choose_tile(w: Tensor, k: int, *, gated: bool, split: bool = True) -> Tile:
-    """The tile for a weight: as measured on an H200 by benchmarks/cuda_gemv.py.
+    """The tile for a weight, as found on an H200 within the step (benchmarks/cuda_step_tiles.py).
 
-    split: whether K may be split (a gated linear's never is). int4 has half the bytes in a tile and wants
-    twice the programs.
+    split: whether K may be split (a gated linear's never is).
     """
     kind, n = kind_of(w), w.shape[0]
-    if gated:
-        return _gated_tile(kind, n)
+    return _fitting(_gated_tile(kind, n, k) if gated else _plain_tile(kind, n, k, split), w)
+
+
+def _fitting(tile: Tile, w: Tensor) -> Tile:
+    """The tile, with fewer stages where the GPU has less shared memory than an H200's 227 KiB."""
+    if w.device.type != "cuda":
+        return tile
+    limit = torch.cuda.get_device_properties(w.device).shared_memory_per_block_optin  # type: ignore[attr-defined]
+    columns = tile.bk or 256  # of x; int4's group of 128, twice
+    stage = tile.bn * (columns // 2 if tile.bk == 0 else columns * w.itemsize) + columns * MOST_ROWS * 2
+    return replace(tile, stages=max(1, min(tile.stages, limit // stage)))
+
+
+def _plain_tile(kind: int, n: int, k: int, split: bool) -> Tile:
+    """Of a linear without a gate."""
 
     def split_until(programs: int, bn: int) -> int:
         count, most = 1, 8 if split else 1
@@ -59,24 +72,32 @@ def choose_tile(w: Tensor, k: int, *, gated: bool, split: bool = True) -> Tile:
         return count
 
     if kind == BF16.value:
-        return Tile(32, 128, split_until(320, 32), 1, 4) if split else Tile(16, 256, 1, 1, 4)
+        return Tile(32, 128, split_until(300, 32), 2, 4) if split else Tile(32, 256, 1, 2, 4)
     if kind == INT4.value:
-        return Tile(64, 0, split_until(512, 64), 4, 3)
-    if kind == FP8.value and split:
-        return Tile(64, 128, split_until(320, 64), 4, 4)
-    return Tile(64, 256, split_until(256, 64), 4, 3)
+        return _int4_tile(k, split_until)
+    if split and n >= 8192 and k <= 4096:
+        return Tile(64, 128, split_until(512, 64), 4, 6)
+    splits = split_until(192, 64)
+    return Tile(64, 256, splits, 4, 6 if k // splits <= 1024 else 4)  # the shorter a program, the more ahead
 
 
-def _gated_tile(kind: int, n: int) -> Tile:
-    """Of n rows of gate and up: where they are few or many, small tiles spread them evenly enough."""
+def _int4_tile(k: int, split_until: Callable[[int, int], int]) -> Tile:
+    if k <= 4096:
+        return Tile(64, 0, split_until(160, 64), 2, 8)
+    if k <= 8192:
+        return Tile(32, 0, split_until(600, 32), 2, 6)
+    return Tile(64, 0, split_until(512, 64), 4, 4)
+
+
+def _gated_tile(kind: int, n: int, k: int) -> Tile:
+    """Of n rows of gate and up."""
     if kind == BF16.value:
         return Tile(32, 128, 1, 1, 4)
-    many, few = n >= 40_000, n < 20_000
     if kind == INT4.value:
-        return Tile(32, 0, 1, 2, 6 if few else 4) if many or few else Tile(128, 0, 1, 4, 4)
-    if many:
+        return Tile(32, 0, 1, 1 if 20_000 <= n < 40_000 else 2, 4) if k >= 8192 else Tile(64, 0, 1, 2, 4)
+    if n >= 40_000:
         return Tile(32, 512, 1, 2, 4)
-    return Tile(64, 256, 1, 4, 4) if few else Tile(128, 256, 1, 8, 3)
+    return Tile(64, 512, 1, 4, 3) if k >= 8192 else Tile(128, 256, 1, 8, 3)
 
 
 @torch.library.custom_op("tp_cuda::gemv_", mutates_args=("y",))
