@@ -36,7 +36,7 @@ constexpr int kSpins = 200;              // some 5 to 10 us
 constexpr double kYieldSeconds = 0.02;   // then sleep
 constexpr double kCheckSeconds = 0.02;   // between looks at whether the peer lives
 constexpr long kSleepNanoseconds = 100'000;
-constexpr size_t kTwoShotBytes = 1 << 14;  // benchmarks/two_shot.py; docs/log.md has the figures
+constexpr size_t kTwoShotBytes = 1 << 13;  // benchmarks/two_shot.py; docs/log.md has the figures
 
 static_assert(sizeof(Page) <= kPageBytes && std::atomic<uint64_t>::is_always_lock_free);
 

@@ -1,9 +1,10 @@
 // The shared-memory collectives as torch sees them: ops that name their group by a string.
+#include <ATen/EmptyTensor.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
+#include <atomic>
 #include <memory>
 #include <mutex>
 #include <stdexcept>
@@ -18,17 +19,26 @@ namespace {
 using at::Tensor;
 
 std::mutex registry_mutex;
+std::atomic<uint64_t> registry_version{0};  // changes with every group that comes or goes
 
 std::unordered_map<std::string, std::shared_ptr<Group>>& registry() {
   static std::unordered_map<std::string, std::shared_ptr<Group>> groups;
   return groups;
 }
 
-std::shared_ptr<Group> find(const std::string& name) {
+// Each thread keeps the group it used last: a step's collectives all name the same one.
+const std::shared_ptr<Group>& find(std::string_view name) {
+  thread_local std::string last_name;
+  thread_local std::shared_ptr<Group> last;
+  thread_local uint64_t last_version = 0;
+  if (last && last_version == registry_version.load(std::memory_order_acquire) && last_name == name) return last;
   const std::lock_guard<std::mutex> guard(registry_mutex);
-  const auto found = registry().find(name);
+  const auto found = registry().find(std::string(name));
   TORCH_CHECK(found != registry().end(), "group ", name, " is not attached to shared memory");
-  return found->second;
+  last_name = name;
+  last = found->second;
+  last_version = registry_version.load(std::memory_order_relaxed);
+  return last;
 }
 
 Element element_of(const Tensor& x) {
@@ -61,8 +71,8 @@ void run(const Action& action) {
 
 Tensor all_reduce(const Tensor& x, std::string_view reduction, std::string_view group) {
   const Tensor from = x.contiguous();
-  Tensor out = at::empty_like(from, at::MemoryFormat::Contiguous);
-  const auto shared = find(std::string(group));
+  Tensor out = at::detail::empty_cpu(from.sizes(), from.scalar_type());
+  const std::shared_ptr<Group> shared = find(group);
   run([&] {
     shared->all_reduce(element_of(from), reduction_of(reduction), from.const_data_ptr(), out.data_ptr(),
                        static_cast<size_t>(from.numel()));
@@ -75,7 +85,7 @@ Tensor all_gather(const Tensor& x, int64_t world_size, std::string_view group) {
   auto sizes = from.sizes().vec();
   sizes.insert(sizes.begin(), world_size);
   Tensor out = at::empty(sizes, from.options());
-  const auto shared = find(std::string(group));
+  const std::shared_ptr<Group> shared = find(group);
   TORCH_CHECK(shared->size() == world_size, "group ", group, " has ", shared->size(), " ranks, not ", world_size);
   run([&] { shared->all_gather(from.const_data_ptr(), out.data_ptr(), from.nbytes()); });
   return out;
@@ -83,7 +93,7 @@ Tensor all_gather(const Tensor& x, int64_t world_size, std::string_view group) {
 
 void broadcast_(Tensor& x, int64_t source, std::string_view group) {
   TORCH_CHECK(x.is_contiguous(), "broadcast_ wants a contiguous tensor");
-  const auto shared = find(std::string(group));
+  const std::shared_ptr<Group> shared = find(group);
   run([&] { shared->broadcast(x.data_ptr(), x.nbytes(), static_cast<int>(source)); });
 }
 
@@ -97,19 +107,21 @@ void attach(std::string_view group, int64_t rank, const std::vector<std::string>
   }
   const std::lock_guard<std::mutex> guard(registry_mutex);
   registry()[std::string(group)] = std::move(made);
+  ++registry_version;
 }
 
 void detach(std::string_view group) {
   const std::lock_guard<std::mutex> guard(registry_mutex);
   registry().erase(std::string(group));
+  ++registry_version;
 }
 
-void give_up(std::string_view group, std::string_view reason) { find(std::string(group))->give_up(std::string(reason)); }
+void give_up(std::string_view group, std::string_view reason) { find(group)->give_up(std::string(reason)); }
 
-void set_timeout(std::string_view group, double timeout_s) { find(std::string(group))->set_timeout(timeout_s); }
+void set_timeout(std::string_view group, double timeout_s) { find(group)->set_timeout(timeout_s); }
 
 void set_two_shot_bytes(std::string_view group, int64_t bytes) {
-  find(std::string(group))->set_two_shot_bytes(static_cast<size_t>(bytes));
+  find(group)->set_two_shot_bytes(static_cast<size_t>(bytes));
 }
 
 int64_t file_bytes(int64_t slot_bytes) {
@@ -134,6 +146,13 @@ TORCH_LIBRARY_IMPL(tp_shm, CPU, m) {
   m.impl("all_reduce", &all_reduce);
   m.impl("all_gather", &all_gather);
   m.impl("broadcast_", &broadcast_);
+}
+
+// Nothing here is differentiated: without these, torch's fallback for autograd runs before every call.
+TORCH_LIBRARY_IMPL(tp_shm, AutogradCPU, m) {
+  m.impl("all_reduce", torch::CppFunction::makeFallthrough());
+  m.impl("all_gather", torch::CppFunction::makeFallthrough());
+  m.impl("broadcast_", torch::CppFunction::makeFallthrough());
 }
 
 }  // namespace tp
