@@ -6,8 +6,9 @@ After a warm-up each repetition prefills the batch and decodes --new-tokens toke
 LLM.generate, as any caller does: sampling, the step's broadcast and all Python are inside. With a --context
 beyond prompt and answer, decoding starts from prompts that fill it, and prefill keeps its own. Several
 --contexts take turns; the times of a token at each stand beside the bytes it reads there. Peak memory
-is read after the warm-up, before the memory of the read ceiling is there. The rate of matmuls comes last,
-after the engine has let the ranks go, on GPUs with its weights. Every rank makes the same calls.
+is read after the warm-up, before the memory of the read ceiling is there. The rate of matmuls is read
+before and after each prompt; on GPUs last, after the engine has let the ranks and its weights go. Every
+rank makes the same calls.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import psutil
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch import Tensor
 
 from ..config import EngineConfig, SamplingParams
 from ..engine.figures import Timing, peak_rss_bytes
@@ -38,6 +40,7 @@ from .definitions import (
     linears,
     mbu,
     prefill_operations,
+    prefill_share,
 )
 from .read import Ceiling, ReadCeiling, total
 
@@ -63,11 +66,8 @@ def measure(args: Namespace, engine: EngineConfig) -> tuple[dict[str, Any], bool
         del llm
         cuda.release()
         rate = cuda.matmul_rate(config, world_size, args.prompt_tokens, group)
-    else:
-        rate = matmul_rate(config, world_size, group)
-    operations = prefill_operations(config, args.prompt_tokens) * args.batch
-    share = {"prefill_share": operations / document["ttft_s"] / rate, "matmul_tflop_s": rate / 1e12}
-    return document | share, speaks
+        document |= _prefill(config, args, [document["ttft_s"]], [rate])
+    return document, speaks
 
 
 def _measured(llm: LLM, args: Namespace, group: dist.ProcessGroup) -> dict[str, Any]:
@@ -87,6 +87,8 @@ def _measured(llm: LLM, args: Namespace, group: dist.ProcessGroup) -> dict[str, 
     plain: list[Timing] = []
     speculator = llm.speculator
     speculation = None if speculator is None else SpeculationReport(speculator.plan.name, speculator.most)
+    matmul = None if on_gpu else MatmulRate(llm.built.model_config, llm.world_size, group)
+    rates: list[float] = []
     ceiling.read()
     for _ in range(args.repeat):
         decodes.append([_generate(llm, depth, args.new_tokens, args.batch) for depth in depths])
@@ -94,8 +96,9 @@ def _measured(llm: LLM, args: Namespace, group: dist.ProcessGroup) -> dict[str, 
             speculation.passes += speculator.report.passes  # of the last context
         if args.force_acceptance is not None:
             plain.append(_without_draft(llm, args, deep))
-        same = deep == args.prompt_tokens
-        prefills.append(decodes[-1][-1] if same else _generate(llm, args.prompt_tokens, 1, args.batch))
+        before = 0.0 if matmul is None else matmul.read()
+        prefills.append(_generate(llm, args.prompt_tokens, 1, args.batch))
+        rates.append(before if matmul is None else max(before, matmul.read()))
         ceiling.read()
     # Rank 0 drives and knows the times; the others take part in its sums with zeros.
     speeds = [[total(timing.tok_s or 0.0, group) for timing in turn] for turn in decodes]
@@ -105,6 +108,8 @@ def _measured(llm: LLM, args: Namespace, group: dist.ProcessGroup) -> dict[str, 
     if speculation is not None and plain:
         plain_speeds = [total(timing.tok_s or 0.0, group) for timing in plain]
         document |= _forced(args, [turn[-1] for turn in speeds], plain_speeds, speculation)
+    if matmul is not None:
+        document |= _prefill(llm.built.model_config, args, firsts, rates)
     return document | {
         "peak_rss_bytes": rss,
         "peak_device_bytes": on_device,
@@ -232,20 +237,45 @@ def _of_each_rank(value: int, group: dist.ProcessGroup) -> list[int]:
     return [int(one) for one in all_of_them]
 
 
-@torch.inference_mode()
-def matmul_rate(config: ModelConfig, world_size: int, group: dist.ProcessGroup) -> float:
-    """Operations a second of the ranks' best oneDNN bf16 matmul of PREFILL_ROWS rows on its shapes."""
-    best = 0.0
-    for n, k in dict.fromkeys((n, k) for _, n, k in linears(config, world_size)):
-        x = torch.randn(PREFILL_ROWS, k).bfloat16()
-        weight = torch.empty(n, k, dtype=torch.bfloat16).normal_()
+class MatmulRate:
+    """Readings of the ranks' oneDNN bf16 matmul of PREFILL_ROWS rows, at the fastest of the model's shapes.
+
+    Every rank makes and reads one. group: of all ranks.
+    """
+
+    def __init__(self, config: ModelConfig, world_size: int, group: dist.ProcessGroup) -> None:
+        self._group = group
+        shapes = dict.fromkeys((n, k) for _, n, k in linears(config, world_size))
+        rates = {shape: self._rate(*self._operands(*shape)) for shape in shapes}
+        self._x, self._weight = self._operands(*max(rates, key=lambda shape: rates[shape]))
+
+    def read(self) -> float:
+        """Operations a second."""
+        return self._rate(self._x, self._weight)
+
+    def _operands(self, n: int, k: int) -> tuple[Tensor, Tensor]:
+        return torch.randn(PREFILL_ROWS, k).bfloat16(), torch.empty(n, k, dtype=torch.bfloat16).normal_()
+
+    @torch.inference_mode()
+    def _rate(self, x: Tensor, weight: Tensor) -> float:
+        best = 0.0
         F.linear(x, weight)
         for _ in range(_MATMUL_PASSES):
-            dist.barrier(group)
+            dist.barrier(self._group)
             started = time.perf_counter()
             F.linear(x, weight)
-            best = max(best, total(2 * PREFILL_ROWS * n * k / (time.perf_counter() - started), group))
-    return best
+            operations = 2 * PREFILL_ROWS * weight.numel()
+            best = max(best, total(operations / (time.perf_counter() - started), self._group))
+        return best
+
+
+def _prefill(config: ModelConfig, args: Namespace, firsts: list[float], rates: list[float]) -> dict[str, Any]:
+    """Of the seconds to the first token, and the rates of matmuls, by turn."""
+    operations = prefill_operations(config, args.prompt_tokens) * args.batch
+    return {
+        "prefill_share": prefill_share(operations, firsts, rates),
+        "matmul_tflop_s": statistics.median(rates) / 1e12,
+    }
 
 
 def _forced_words(document: dict[str, Any]) -> str:

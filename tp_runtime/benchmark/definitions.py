@@ -16,8 +16,9 @@ mbu               weight bytes x steps a second / read ceiling. A step makes one
 cache resident    a model under CACHE_FACTOR times the last-level cache, or the L2 of all ranks' GPUs
                   together, may live there: no mbu is claimed.
 prefill share     operations done a second over the best oneDNN bf16 matmul of PREFILL_ROWS rows on the
-                  model's own shapes, all ranks at once. Operations: the linears on every prompt token, the
-                  head on the last one only; attention's own are left out, so the share is a lower bound.
+                  model's own shapes, all ranks at once, read before and after each prompt; the larger counts,
+                  and the median of these shares. Operations: the linears on every prompt token, the head on
+                  the last one only; attention's own are left out, so the share is a lower bound.
                   The peak of a GPU: the best bf16 torch.mm of random numbers, captured, on the model's own
                   shapes with as many rows as the prompt has tokens (PREFILL_ROWS at least), or on matrices of
                   PEAK_SIZE x PEAK_SIZE where that is faster. The head's matmul is among them.
@@ -100,6 +101,12 @@ def prefill_operations(config: ModelConfig, num_tokens: int) -> int:
     """Multiplications and additions of one prompt's linears: the head runs on its last token only."""
     body = sum(2 * n * k for name, n, k in linears(config) if name != "head")
     return body * config.num_layers * num_tokens + 2 * config.vocab_size * config.hidden_size
+
+
+def prefill_share(operations: int, seconds: Sequence[float], rates: Sequence[float]) -> float:
+    """The median over turns of a prompt's operations a second over the rate of matmuls of its turn."""
+    shares = [operations / taken / rate for taken, rate in zip(seconds, rates, strict=True)]
+    return statistics.median(shares)
 
 
 def cache_bytes_per_token(config: ModelConfig, num_tokens: int, vector_bytes: int) -> int:

@@ -20,6 +20,11 @@ TINY = ModelConfig(
 )  # fmt: skip
 
 
+def test_a_prompt_is_held_to_the_matmuls_of_its_turn() -> None:
+    """A host twice as slow in one turn slows both: 0.8, 0.8, and 0.5 of its own."""
+    assert definitions.prefill_share(1000, [1.25, 2.5, 2.0], [1000.0, 500.0, 1000.0]) == pytest.approx(0.8)
+
+
 def test_mbu_is_bytes_over_ceiling() -> None:
     """1 GB a token at 20 tokens/s is 20 GB/s, of 25."""
     assert definitions.mbu(10**9, 20.0, 1, 25.0) == pytest.approx(0.8)
