@@ -1,9 +1,10 @@
 """Tiles of a decoding step's linears, chosen by the time of the step they stand in.
 
-A linear alone, back to back with copies of itself (cuda_gemv.py), is not what the step runs: its neighbours are
-small kernels that overlap with its start and its end, and the fastest tile alone has lost in the step. Here one
-rank's share of a model, cut to some layers of random weights, decodes one token on one GPU (without the sums
-over ranks); for each linear in turn every tile is captured with all else as it is, and the fastest stays.
+A linear alone, back to back with copies of itself (cuda_gemv.py), is not what the step runs: its neighbours
+are small kernels that overlap with its start and its end, and the fastest tile alone has lost in the step.
+Here one rank's share of a model, cut to some layers of random weights, decodes one token on one GPU (without
+the sums over ranks); for each linear in turn every tile is captured with all else as it is, and the fastest
+stays.
 
     python benchmarks/cuda_step_tiles.py [--cases llama-8b/1:none,llama-70b/2:int8] [--layers 12]
         [--linears gate_up,down] [--rows 1] [--json FILE]
@@ -157,7 +158,7 @@ class StepTimer:
             self.weights, layers=tuple(map(changed, self.weights.layers)),
             head=replace(self.weights.head, tile=tiles["head"]),
         )  # fmt: skip
-        runner, old = self.runner, self.runner._decode
+        runner = self.runner
         step = DecodeStep(
             runner.model, weights, runner.cache, runner._push, runner._inputs,
             context=runner.max_blocks * runner.cache.shape.block_size, first_id=0, device="cuda",
@@ -169,8 +170,6 @@ class StepTimer:
             if "out of resource" not in str(error):
                 raise
             return float("inf")
-        finally:
-            runner._decode = old
 
 
 def search(
