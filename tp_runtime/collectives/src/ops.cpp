@@ -26,19 +26,21 @@ std::unordered_map<std::string, std::shared_ptr<Group>>& registry() {
   return groups;
 }
 
-// Each thread keeps the group it used last: a step's collectives all name the same one.
-const std::shared_ptr<Group>& find(std::string_view name) {
+// Each thread remembers the group it used last: a step's collectives all name the same one.
+std::shared_ptr<Group> find(std::string_view name) {
   thread_local std::string last_name;
-  thread_local std::shared_ptr<Group> last;
+  thread_local std::weak_ptr<Group> last;
   thread_local uint64_t last_version = 0;
-  if (last && last_version == registry_version.load(std::memory_order_acquire) && last_name == name) return last;
+  if (last_version == registry_version.load(std::memory_order_acquire) && last_name == name) {
+    if (std::shared_ptr<Group> group = last.lock()) return group;
+  }
   const std::lock_guard<std::mutex> guard(registry_mutex);
   const auto found = registry().find(std::string(name));
   TORCH_CHECK(found != registry().end(), "group ", name, " is not attached to shared memory");
   last_name = name;
   last = found->second;
   last_version = registry_version.load(std::memory_order_relaxed);
-  return last;
+  return found->second;
 }
 
 Element element_of(const Tensor& x) {
@@ -72,7 +74,7 @@ void run(const Action& action) {
 Tensor all_reduce(const Tensor& x, std::string_view reduction, std::string_view group) {
   const Tensor from = x.contiguous();
   Tensor out = at::detail::empty_cpu(from.sizes(), from.scalar_type());
-  const std::shared_ptr<Group> shared = find(group);
+  const auto shared = find(group);
   run([&] {
     shared->all_reduce(element_of(from), reduction_of(reduction), from.const_data_ptr(), out.data_ptr(),
                        static_cast<size_t>(from.numel()));
@@ -85,7 +87,7 @@ Tensor all_gather(const Tensor& x, int64_t world_size, std::string_view group) {
   auto sizes = from.sizes().vec();
   sizes.insert(sizes.begin(), world_size);
   Tensor out = at::empty(sizes, from.options());
-  const std::shared_ptr<Group> shared = find(group);
+  const auto shared = find(group);
   TORCH_CHECK(shared->size() == world_size, "group ", group, " has ", shared->size(), " ranks, not ", world_size);
   run([&] { shared->all_gather(from.const_data_ptr(), out.data_ptr(), from.nbytes()); });
   return out;
@@ -93,7 +95,7 @@ Tensor all_gather(const Tensor& x, int64_t world_size, std::string_view group) {
 
 void broadcast_(Tensor& x, int64_t source, std::string_view group) {
   TORCH_CHECK(x.is_contiguous(), "broadcast_ wants a contiguous tensor");
-  const std::shared_ptr<Group> shared = find(group);
+  const auto shared = find(group);
   run([&] { shared->broadcast(x.data_ptr(), x.nbytes(), static_cast<int>(source)); });
 }
 
