@@ -5,7 +5,8 @@
 namespace tp {
 namespace {
 
-constexpr int kTile = 4;  // query vectors, and tokens, multiplied at once
+constexpr int kTile = 4;     // query vectors, and tokens, multiplied at once
+constexpr int kStreams = 4;  // stretches of a chunk that are fetched side by side
 constexpr float kMinusInfinity = -__builtin_inff();
 
 // How a number is stored. kScaled: it is to be multiplied by its token's scale.
@@ -123,18 +124,31 @@ inline void fetch_row(const T* row, int64_t head_dim) {
   }
 }
 
+// The wanted ones of `rows`, in the order in which to fetch them: a thread that fetches one block after the other
+// waits for each of them to begin. Returns how many.
+template <typename T>
+int in_streams(const T* const* rows, const Chunk& chunk, const T** ordered) {
+  const int count = chunk.last - chunk.first, stretch = (count + kStreams - 1) / kStreams;
+  int n = 0;
+  for (int i = 0; i < stretch; ++i) {
+    for (int at = i; at < count; at += stretch) ordered[n++] = rows[chunk.first + at];
+  }
+  return n;
+}
+
 // scores[v][i] = queries[v] . rows[i] for the chunk's wanted tokens (and, beside them, some to overwrite).
 template <typename Storage, int kVectors>
 void score(const float* const* queries, const typename Storage::Type* const* rows,
-           const typename Storage::Type* const* fetched, const Chunk& chunk, int64_t head_dim,
+           const typename Storage::Type* const* fetched, int num_fetched, const Chunk& chunk, int64_t head_dim,
            float (*scores)[kChunkTokens]) {
+  int fetch = 0;
   for (int i = chunk.first / kTile * kTile; i < chunk.last; i += kTile) {
     const typename Storage::Type* tokens[kTile];
 #pragma GCC unroll 4
     for (int t = 0; t < kTile; ++t) {
       const int wanted = i + t < chunk.first ? chunk.first : (i + t < chunk.last ? i + t : chunk.last - 1);
       tokens[t] = rows[wanted];
-      fetch_row(fetched[wanted], head_dim);
+      if (fetch < num_fetched) fetch_row(fetched[fetch++], head_dim);
     }
     Floats sums[kVectors][kTile];
 #pragma GCC unroll 4
@@ -245,7 +259,7 @@ void attend(const PagedCache& cache, const AttentionItem& item, const AttentionI
   alignas(64) float scores[kVectors][kChunkTokens];
   alignas(64) float key_scales[kChunkTokens], value_scales[kChunkTokens];
   for (float& scale : key_scales) scale = item.scale;
-  const Type *keys[kChunkTokens], *values[kChunkTokens], *fetched[kChunkTokens];
+  const Type *keys[kChunkTokens], *values[kChunkTokens], *later[kChunkTokens], *fetched[kChunkTokens];
   for (int64_t start = begin / kChunkTokens * kChunkTokens; start < end; start += kChunkTokens) {
     const Chunk chunk = chunk_at(start, begin, end);
     find_rows(cache, item, cache.keys, chunk, keys);
@@ -254,7 +268,8 @@ void attend(const PagedCache& cache, const AttentionItem& item, const AttentionI
       find_scales(cache, item, cache.key_scales, chunk, item.scale, key_scales);
       find_scales(cache, item, cache.value_scales, chunk, 1.0f, value_scales);
     }
-    score<Storage, kVectors>(queries, keys, values, chunk, head_dim, scores);
+    int num_fetched = in_streams(values, chunk, fetched);
+    score<Storage, kVectors>(queries, keys, fetched, num_fetched, chunk, head_dim, scores);
     for (int v = 0; v < kVectors; ++v) {
       const Chunk mine = chunk_at(start, seen[v].begin, seen[v].end);
       keep[v] = 1.0f;
@@ -268,14 +283,15 @@ void attend(const PagedCache& cache, const AttentionItem& item, const AttentionI
     }
     const bool more = start + kChunkTokens < end;
     const AttentionItem* then = more ? &item : next;
-    Chunk ahead{0, 0, 0};
+    num_fetched = 0;
     if (then != nullptr) {
-      ahead = more ? chunk_at(start + kChunkTokens, begin, end) : chunk_at(then->begin, then->begin, then->end);
-      find_rows(cache, *then, cache.keys, ahead, fetched);
+      const Chunk ahead =
+          more ? chunk_at(start + kChunkTokens, begin, end) : chunk_at(then->begin, then->begin, then->end);
+      find_rows(cache, *then, cache.keys, ahead, later);
+      num_fetched = in_streams(later, ahead, fetched);
       if constexpr (Storage::kScaled) fetch_scales(cache, *then, ahead);
     }
-    add_values<Storage, kVectors>(scores, keep, values, chunk, fetched + ahead.first, ahead.last - ahead.first,
-                                 head_dim, sums);
+    add_values<Storage, kVectors>(scores, keep, values, chunk, fetched, num_fetched, head_dim, sums);
   }
   for (int v = 0; v < kVectors; ++v) {
     sums[v][head_dim] = top[v];
