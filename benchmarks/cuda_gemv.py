@@ -19,6 +19,7 @@ import multiprocessing
 import os
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 Shape = tuple[str, str, int, int, bool]  # model/ranks, linear, outputs, inputs, whether it is gated
@@ -103,6 +104,17 @@ def compile_some(
             print(f"{kind} {shape} {tile}: {str(error)[:80]}", file=sys.stderr)
 
 
+def in_processes(target: Callable[..., None], *args: Any) -> None:
+    """Run target(*args, part, parts) in each of `parts` processes, and wait for all."""
+    parts = max(1, min(14, (os.cpu_count() or 1) - 2))
+    context = multiprocessing.get_context("spawn")
+    workers = [context.Process(target=target, args=(*args, part, parts)) for part in range(parts)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+
+
 def measure(
     kinds: list[str], shapes: list[Shape], rows: int, chosen: bool, ceiling: float
 ) -> list[dict[str, Any]]:
@@ -152,16 +164,7 @@ def main() -> None:
     kinds, wanted = args.kinds.split(","), args.linears.split(",")
     shapes = [shape for shape in shapes_of(args.models) if shape[1] in wanted]
     started = time.time()
-    processes = max(1, min(14, (os.cpu_count() or 1) - 2))
-    context = multiprocessing.get_context("spawn")
-    workers = [
-        context.Process(target=compile_some, args=(kinds, shapes, args.rows, args.chosen, part, processes))
-        for part in range(processes)
-    ]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
+    in_processes(compile_some, kinds, shapes, args.rows, args.chosen)
     print(f"compiled in {time.time() - started:.0f} s", flush=True)
     import torch
 

@@ -16,8 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
-import os
 import sys
 import tempfile
 import time
@@ -25,7 +23,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from cuda_gemv import INT4_TILES, TILES
+from cuda_gemv import INT4_TILES, TILES, in_processes
 
 LINEARS = ("gate_up", "down", "qkv", "out", "head")
 SPLITS = (1, 2, 4, 8)
@@ -241,16 +239,7 @@ def main() -> None:
         shape, kind = text.split(":")
         model, ranks = shape.split("/")
         cases.append((model, int(ranks), kind))
-    processes = max(1, min(14, (os.cpu_count() or 1) - 2))
-    context = multiprocessing.get_context("spawn")
-    workers = [
-        context.Process(target=compile_some, args=(cases, linears, args.rows, part, processes))
-        for part in range(processes)
-    ]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
+    in_processes(compile_some, cases, linears, args.rows)
     print(f"compiled in {time.time() - started:.0f} s", flush=True)
     results = []
     for case in cases:
