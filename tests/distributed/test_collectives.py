@@ -26,8 +26,8 @@ from tp_runtime.errors import CollectiveError, ConfigError
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int32, torch.int64)
 SLOT = shm.SLOT_BYTES
-# Element counts of 2 bytes each around one cache line, the change to two shots (16 KiB) and the slot.
-COUNTS = (1, 7, 31, 33, 2048, (1 << 13) - 1, 1 << 13, (1 << 13) + 1, 100_003, SLOT // 2 - 1, SLOT // 2 + 5)
+# Element counts of 2 bytes each around one cache line, the change to two shots (8 KiB) and the slot.
+COUNTS = (1, 7, 31, 33, 2048, (1 << 12) - 1, 1 << 12, (1 << 12) + 1, 100_003, SLOT // 2 - 1, SLOT // 2 + 5)
 
 
 def _inputs(count: int, dtype: torch.dtype, world: int) -> list[torch.Tensor]:

@@ -125,7 +125,7 @@ inline void fetch_row(const T* row, int64_t head_dim) {
 }
 
 // The wanted ones of `rows`, in the order in which to fetch them: a thread that fetches one block after the other
-// waits for each of them to begin. Returns how many.
+// waits for the beginning of each. Returns how many.
 template <typename T>
 int in_streams(const T* const* rows, const Chunk& chunk, const T** ordered) {
   const int count = chunk.last - chunk.first, stretch = (count + kStreams - 1) / kStreams;
