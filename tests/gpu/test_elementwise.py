@@ -20,6 +20,24 @@ def test_rms_norm(size: int, device: str) -> None:
     assert (found - wanted).abs().max() < 1e-5  # fp32 sums of some hundred squares
 
 
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("size", [512, 515])
+def test_add_rms_norm(size: int, biased: bool, device: str) -> None:
+    from tp_runtime.kernels.cuda import elementwise
+
+    x, added, weight = torch.randn(7, size) * 3, torch.randn(7, size).bfloat16(), torch.rand(size) + 0.5
+    bias = torch.randn(size).bfloat16() if biased else None
+    stream = x.to(device, copy=True)
+    bias_there = None if bias is None else bias.to(device)
+    found = elementwise.add_rms_norm_(
+        stream, added.to(device), bias_there, weight.to(device), 1e-5, torch.float32
+    )
+    wide = x.double() + added.double() + (0 if bias is None else bias.double())
+    wanted = wide * (wide.pow(2).mean(-1, keepdim=True) + 1e-5).rsqrt() * weight
+    assert (stream.cpu() - wide).abs().max() < 2e-6  # two sums of numbers below 16, in fp32
+    assert (found.cpu() - wanted).abs().max() < 1e-5  # as above
+
+
 @pytest.mark.parametrize(("heads", "dim"), [(5, 64), (1, 128)])
 def test_turn(heads: int, dim: int, device: str) -> None:
     from tp_runtime.kernels.cuda import elementwise

@@ -56,8 +56,12 @@ def _compare(folder: str, quant: str, cache_dtype: str = "auto") -> dict[str, An
         step = Step((Row((17, 18, 19), len(prompt), (1, 2), 3), Row((44,), 0, (3,), 1)))
         layerwise = ModelRunner.execute(llm.runner, step).float().cpu()
         captured = llm.runner.execute(step).float().cpu()
+        mixed = Step((Row(prompt, 0, (1, 2), 45), Row((44,), 0, (3,), 1), Row(prompt[::-1], 0, (4, 5), 40)))
+        prompts = [ModelRunner.execute(llm.runner, mixed), llm.runner.execute(mixed)]
+        prompt_gap = ((prompts[1] - prompts[0]).float() / prompts[0].float().std()).abs().cpu()
         return {
-            "together": together, "stepwise": stepwise, "drawn": drawn, "layerwise": layerwise, "captured": captured
+            "together": together, "stepwise": stepwise, "drawn": drawn, "layerwise": layerwise,
+            "captured": captured, "prompt": prompts[1].float().cpu(), "prompt_gap": prompt_gap,
         }  # fmt: skip
 
 
@@ -77,6 +81,10 @@ def test_against_twins(kind: str, quant: str, world: int, tmp_path: Path, device
     gap = (first["captured"] - first["layerwise"]).abs() / spread
     print(f"{kind} {quant} x{world}: captured against layers: largest {gap.max():.1e}, mean {gap.mean():.1e}")
     # Both compute in bf16 between weights and round at other places: 2^-9 a rounding, a dozen a layer.
+    assert gap.max() < 0.15 and gap.mean() < 0.02
+    assert all(torch.equal(other["prompt"], first["prompt"]) for other in found), "ranks differ"
+    gap = first["prompt_gap"]
+    print(f"a prompt against layers: largest {gap.max():.1e}, mean {gap.mean():.1e}")
     assert gap.max() < 0.15 and gap.mean() < 0.02
     assert first["together"] == first["stepwise"], "a burst chose other tokens than the host would"
     if quant == "none":

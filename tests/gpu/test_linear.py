@@ -92,11 +92,14 @@ def test_gemv_with_norm_and_gate(case: Case, n: int, device: str) -> None:
     assert largest < 1e-4  # a product of two sums, and exp in fp32
 
 
+@pytest.mark.parametrize("slices", [1, 2])
 @pytest.mark.parametrize("case", FORMATS, ids=str)
-def test_many_rows(case: Case, device: str) -> None:
+def test_many_rows(case: Case, slices: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tp_runtime.kernels.cuda import linear as ours
     from tp_runtime.kernels.cuda.linear import linear
 
     n, k = 320, 592
+    monkeypatch.setattr(ours, "_SLICE_VALUES", n * k // slices)
     tensors, w = make(case, n, k, device)
     x = torch.randn(40, k).bfloat16()
     y = linear(x.to(device), tensors, group_size=case[1])

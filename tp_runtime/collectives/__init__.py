@@ -6,7 +6,16 @@ several hosts. src/: the C++.
 
 from __future__ import annotations
 
-from .ops import all_gather, all_reduce, all_reduce_op, attach, broadcast_, collective_errors, set_timeout
+from .ops import (
+    all_gather,
+    all_reduce,
+    all_reduce_op,
+    attach,
+    broadcast_,
+    collective_errors,
+    set_timeout,
+    start_all_reduce_,
+)
 
 __all__ = [
     "all_gather",
@@ -16,4 +25,5 @@ __all__ = [
     "broadcast_",
     "collective_errors",
     "set_timeout",
+    "start_all_reduce_",
 ]

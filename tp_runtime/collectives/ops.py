@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, cast
@@ -207,6 +207,24 @@ def _reduce(x: Tensor, group: dist.ProcessGroup, reduction: str) -> Tensor:
     if x.device.type == "cpu" and _in_shm(group.group_name):
         return torch.ops.tp_shm.all_reduce(x, reduction, group.group_name)
     return _all_reduce(x, reduction, group.group_name)
+
+
+def start_all_reduce_(x: Tensor, group: dist.ProcessGroup) -> Callable[[], None]:
+    """Begin to sum x over ranks, in place, beside what the current CUDA stream does next.
+
+    x: contiguous, on a GPU. Returns what makes the stream wait for the sum (not the host); until then x is
+    not to be touched. Not for compiled graphs. Raises as all_reduce.
+    """
+    if group.size() == 1:
+        return lambda: None
+    with collective_errors():
+        work = dist.all_reduce(x, group=group, async_op=True)
+
+    def wait() -> None:
+        with collective_errors():
+            work.wait()
+
+    return wait
 
 
 def all_reduce_op(group: dist.ProcessGroup) -> str:

@@ -1,4 +1,4 @@
-"""One rank's model on a GPU: prompts through the model's own forward, decoding through captured graphs.
+"""One rank's model on a GPU: prompts layer by layer (cuda_prompt.py), decoding through captured graphs.
 
 A step of at most 16 tokens, one or a few a row, is a replay of a CUDA graph: the host writes some words
 (tokens, positions, block numbers), and reads logits or tokens. The graph of 1, 2, 4, 8 or 16 tokens is
@@ -25,6 +25,7 @@ from ..collectives.push_group import PushGroup, connect
 from ..log import once
 from ..sharding.layers import gather_last_dim
 from .cuda_decode import MOST_TOKENS, RING_STEPS, DecodeStep, Inputs, Weights, most_words, step_weights
+from .cuda_prompt import PromptPass
 from .kv_blocks import SCRATCH_BLOCK
 from .runner import ModelRunner
 from .step import Row, Step
@@ -60,6 +61,7 @@ class CudaRunner(ModelRunner):
             self.model, weights, self.cache, push, self._inputs,
             context=self.max_blocks * self.cache.shape.block_size, first_id=first_id, device=self.device,
         )  # fmt: skip
+        self._prompt = PromptPass(self.model, weights, self.cache, self.group)
         self._push = push
         self._host_words = torch.zeros_like(self._inputs.words, device="cpu").pin_memory()
         self._host_table = torch.zeros_like(self._inputs.table, device="cpu").pin_memory()
@@ -81,8 +83,12 @@ class CudaRunner(ModelRunner):
     @torch.inference_mode()
     def execute(self, step: Step, layers: Sequence[int] | None = None) -> Tensor:
         """As ModelRunner.execute; all layers of a few tokens are the captured graph."""
-        if self._decode is None or step.num_tokens > MOST_TOKENS or layers is not None:
+        if self._decode is None or (layers is not None and step.num_tokens <= MOST_TOKENS):
             return super().execute(step, layers)
+        if step.num_tokens > MOST_TOKENS:
+            inputs = self.tensors(step)
+            with collective_errors():
+                return self._head(self._prompt.run(inputs, layers), inputs)
         self._replay(self._fill(step, moving=False), 1)
         wanted: list[int] = []
         at = 0

@@ -158,7 +158,10 @@ class ModelRunner:
             return self._logits(inputs, layers)
 
     def _logits(self, inputs: StepTensors, layers: Sequence[int] | None) -> Tensor:
-        hidden_TH = self._layers(inputs, layers)
+        return self._head(self._layers(inputs, layers), inputs)
+
+    def _head(self, hidden_TH: Tensor, inputs: StepTensors) -> Tensor:
+        """The wanted logits of all ranks, from hidden states with the last norm."""
         if self.reference:
             local_LV = self.model.head(hidden_TH)[inputs.logit_rows_L]
         else:

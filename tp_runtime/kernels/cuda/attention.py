@@ -194,17 +194,27 @@ def decode_kernel(
 
 
 @triton.jit
+def _cache_rows(at, table_ptr, kv_head, context, K: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
+    """Where the keys (or values) of positions `at` begin in the cache."""
+    number = tl.load(table_ptr + at // BLOCK, mask=at < context, other=0).to(tl.int64)
+    return ((number * K + kv_head) * BLOCK + at % BLOCK) * D
+
+
+@triton.jit
 def prompt_kernel(
     q_ptr, k_cache_ptr, v_cache_ptr, table_ptr, start_ptr, context_ptr, out_ptr, table_stride, scale, window,
     H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """BM queries of one row and head over all they may see, which the cache already holds."""
+    """BM queries of one row and head over all they may see, which the cache already holds.
+
+    What all of them see is read without a mask; the last queries, which see most, begin first.
+    """
     head, row = tl.program_id(1), tl.program_id(2)
     q_start = tl.load(start_ptr + row)
     queries = tl.load(start_ptr + row + 1) - q_start
     context = tl.load(context_ptr + row)
-    first = tl.program_id(0) * BM
+    first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM
     if first >= queries:
         return
     i, d, s = first + tl.arange(0, BM), tl.arange(0, D), tl.arange(0, BS)
@@ -215,14 +225,23 @@ def prompt_kernel(
     total = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, D], tl.float32)
     lowest = tl.maximum(context - queries + first - window + 1, 0) // BS * BS if window > 0 else 0
+    seen_by_all = (context - queries + first + 1) // BS * BS if window == 0 else lowest
     end = tl.minimum(context, context - queries + first + BM)
     kv_head = head // (H // K)
-    for start in tl.range(lowest, end, BS):
+    table_ptr += row * table_stride
+    for start in tl.range(lowest, seen_by_all, BS, num_stages=2):
+        base = _cache_rows(start + s, table_ptr, kv_head, context, K, D, BLOCK)
+        k = tl.load(k_cache_ptr + base[None, :] + d[:, None])
+        v = tl.load(v_cache_ptr + base[:, None] + d[None, :])
+        scores = tl.dot(q, k.to(q.dtype)) * (scale * _LOG2E)
+        new_m = tl.maximum(m, tl.max(scores, axis=1))
+        p, shrink = tl.exp2(scores - new_m[:, None]), tl.exp2(m - new_m)
+        total = total * shrink + tl.sum(p, axis=1)
+        acc = tl.dot(p.to(q.dtype), v.to(q.dtype), acc * shrink[:, None])
+        m = new_m
+    for start in tl.range(seen_by_all, end, BS, num_stages=1):
         at = start + s
-        number = tl.load(table_ptr + row * table_stride + at // BLOCK, mask=at < context, other=0).to(
-            tl.int64
-        )
-        base = ((number * K + kv_head) * BLOCK + at % BLOCK) * D
+        base = _cache_rows(at, table_ptr, kv_head, context, K, D, BLOCK)
         k = tl.load(k_cache_ptr + base[None, :] + d[:, None], mask=at[None, :] < context, other=0.0)
         v = tl.load(v_cache_ptr + base[:, None] + d[None, :], mask=at[:, None] < context, other=0.0)
         valid = (at[None, :] <= position[:, None]) & (at[None, :] < context)

@@ -8,7 +8,7 @@ Legend: S splits of K, R rows, N outputs, K inputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,7 +21,7 @@ from .dequant import dequantize_kernel
 from .gemv import BF16, FP8, INT4, INT8, gemv_kernel
 
 MOST_ROWS = 16
-_SLICE_VALUES = 64 << 20  # bf16 values made at a time; fewer leave cuBLAS too few tiles for all processors
+_SLICE_VALUES = 128 << 20  # bf16 values made at a time; fewer leave cuBLAS too few tiles for all processors
 _LINES_AHEAD = 2  # of each row of a tile, asked for before a linear waits; four are slower than none
 _INTERPRETED = bool(triton.knobs.runtime.interpret)
 
@@ -265,15 +265,24 @@ def _few_rows(x_RK: Tensor, tensors: tuple[Tensor, ...], group_size: int, gated:
     return y_SRN.sum(0) if tile.splits > 1 else y_SRN[0]
 
 
+def row_slices(tensors: tuple[Tensor, ...], k: int, group_size: int) -> Iterator[tuple[int, Tensor]]:
+    """The weight in bf16, some rows at a time: (number of the first, [rows, k]). A plain one is one slice."""
+    w = tensors[0]
+    n = w.shape[0]
+    if w.dtype == torch.bfloat16:
+        yield 0, w
+        return
+    step = triton.cdiv(triton.cdiv(n, triton.cdiv(n * k, _SLICE_VALUES)), 256) * 256
+    for start in range(0, n, step):
+        yield start, dequantize(_rows(tensors, start, min(start + step, n)), k, group_size)
+
+
 def _many_rows(x_RK: Tensor, tensors: tuple[Tensor, ...], group_size: int, gated: bool) -> Tensor:
     x_RK = x_RK.bfloat16()
-    (n, k), w = (tensors[0].shape[0], x_RK.shape[1]), tensors[0]
+    n, k = tensors[0].shape[0], x_RK.shape[1]
     y_RN = torch.empty((x_RK.shape[0], n), dtype=torch.bfloat16, device=x_RK.device)
-    step = n if w.dtype == torch.bfloat16 else max(256, _SLICE_VALUES // k // 256 * 256)
-    for start in range(0, n, step):
-        part = _rows(tensors, start, min(start + step, n))
-        w_NK = w if w.dtype == torch.bfloat16 else dequantize(part, k, group_size)
-        y_RN[:, start : start + step] = F.linear(x_RK, w_NK)
+    for start, w_NK in row_slices(tensors, k, group_size):
+        torch.mm(x_RK, w_NK.t(), out=y_RN[:, start : start + len(w_NK)])
     if gated:
         return F.silu(y_RN[:, : n // 2]) * y_RN[:, n // 2 :]
     return y_RN
