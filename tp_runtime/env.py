@@ -51,6 +51,8 @@ VARIABLES: tuple[Variable, ...] = (
     Variable("TP_NUMA_STRICT", "flag", "0", "a placement that cannot be applied is refused", "launcher"),
     Variable("LD_PRELOAD", "str", None, "allocator and OpenMP libraries of the placement", "launcher"),
     Variable("CUDA_VISIBLE_DEVICES", "str", None, "GPUs ranks may use, by number in PCI order"),
+    Variable("PYTORCH_ALLOC_CONF", "str", "expandable_segments:True", "torch's memory of a GPU"),
+    Variable("PYTORCH_CUDA_ALLOC_CONF", "str", None, "its older name; where it is set, it stands"),
     Variable("TP_STORE_FILE", "path", None, "rendezvous store of a job on one host", "launcher"),
     Variable("TP_COLLECTIVES", "str", "auto", "how CPU ranks communicate: shm (or an error), c10d, or auto"),
     Variable("TP_COLLECTIVE_TIMEOUT", "float", None, "seconds a collective may wait for a peer"),

@@ -29,6 +29,9 @@ def init_mesh(*, device: str = "cpu", timeout_s: float | None = None) -> DeviceM
     if not 0 <= rank < world:
         raise ConfigError(f"RANK={rank} with WORLD_SIZE={world} is impossible; start ranks with tp-launch")
     if device == "cuda":
+        # Weights are joined while little is free: freed pieces have to become one.
+        if not env.is_set("PYTORCH_CUDA_ALLOC_CONF"):
+            env.set_default("PYTORCH_ALLOC_CONF", "expandable_segments:True")
         torch.cuda.set_device(env.get_int("LOCAL_RANK") or 0)
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"

@@ -171,6 +171,7 @@ class DecodeStep:
     ) -> None:  # fmt: skip
         """first_id: the id of this rank's first logit. context: positions there may be."""
         self._first_id = first_id
+        self.early_sums = push.world_size == 1  # let the next kernel start: not while peers are waited for
         self.weights, self.cache, self.push, self.inputs = weights, cache, push, inputs
         self.scale = model.config.head_dim**-0.5
         self.hidden_size, self.head_dim = model.config.hidden_size, model.config.head_dim
@@ -248,7 +249,7 @@ class DecodeStep:
             part, norm if bias is None else bias, self._residual, norm, self._x, self._sums,
             *self.push.arguments, op, self.push.limit_ns, count,
             H=self.hidden_size, BC=self.columns, SPLITS=part.shape[0], FIRST=first, HAS_BIAS=bias is not None,
-            EARLY=count == 1 and self.push.world_size == 1,
+            EARLY=count == 1 and self.early_sums,
             num_warps=max(1, min(8, self.columns // 32)),
             **self.push.constants, **launch_options(),
         )  # fmt: skip

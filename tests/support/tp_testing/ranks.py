@@ -10,6 +10,7 @@ import importlib.util
 import inspect
 import multiprocessing
 import os
+import pickle
 import sys
 import tempfile
 import time
@@ -65,10 +66,10 @@ def _rank_main(
         )
         path, name = where
         result = getattr(_load(path), name)(*args)
-        pipe.send((True, result))
+        pipe.send_bytes(pickle.dumps((True, result)))
         dist.destroy_process_group()
     except BaseException:  # noqa: BLE001  (whatever it was, the parent must hear of it)
-        pipe.send((False, traceback.format_exc()))
+        pipe.send_bytes(pickle.dumps((False, traceback.format_exc())))
     finally:
         pipe.close()
 
@@ -106,7 +107,8 @@ def run_ranks(world: int, fn: Callable[..., Any], *args: Any, timeout: float = 1
                 for pipe in ready:
                     rank = pipes.index(pipe)  # type: ignore[arg-type]
                     try:
-                        good, value = pipes[rank].recv()
+                        # By value: a Connection would share tensors' memory, which ends with the rank.
+                        good, value = pickle.loads(pipes[rank].recv_bytes())
                     except EOFError:
                         good, value = False, "died without a word"
                     (results if good else failures)[rank] = value

@@ -74,19 +74,28 @@ def _plain_tile(kind: int, n: int, k: int, split: bool) -> Tile:
     if kind == BF16.value:
         return Tile(32, 128, split_until(300, 32), 2, 4) if split else Tile(32, 256, 1, 2, 4)
     if kind == INT4.value:
-        return _int4_tile(k, split_until)
+        return _int4_tile(n, k, split_until)
     if split and n >= 8192 and k <= 4096:
         return Tile(64, 128, split_until(512, 64), 4, 6)
     splits = split_until(192, 64)
-    return Tile(64, 256, splits, 4, 6 if k // splits <= 1024 else 4)  # the shorter a program, the more ahead
+    short = k // splits <= (1024 if k <= 4096 else 2048)
+    return Tile(64, 256, splits, 4, (6 if k <= 4096 else 3) if short else 4)
 
 
-def _int4_tile(k: int, split_until: Callable[[int, int], int]) -> Tile:
+def _int4_tile(n: int, k: int, split_until: Callable[[int, int], int]) -> Tile:
     if k <= 4096:
         return Tile(64, 0, split_until(160, 64), 2, 8)
-    if k <= 8192:
-        return Tile(32, 0, split_until(600, 32), 2, 6)
-    return Tile(64, 0, split_until(512, 64), 4, 4)
+    splits = split_until(600, 32)
+    if k > 8192:
+        return Tile(32, 0, splits, 1, 4)
+    # Four stages leave room for four programs on each of 132 processors, six for three: what fills its turns.
+    programs = triton.cdiv(n, 32) * splits
+    return Tile(32, 0, splits, 2, max((6, 4), key=lambda stages: _filled(programs, 132 * (18 // stages))))
+
+
+def _filled(programs: int, places: int) -> float:
+    """The share of the places that programs take in all their turns."""
+    return programs / (triton.cdiv(programs, places) * places)
 
 
 def _gated_tile(kind: int, n: int, k: int) -> Tile:
@@ -94,10 +103,16 @@ def _gated_tile(kind: int, n: int, k: int) -> Tile:
     if kind == BF16.value:
         return Tile(32, 128, 1, 1, 4)
     if kind == INT4.value:
-        return Tile(32, 0, 1, 1 if 20_000 <= n < 40_000 else 2, 4) if k >= 8192 else Tile(64, 0, 1, 2, 4)
-    if n >= 40_000:
-        return Tile(32, 512, 1, 2, 4)
-    return Tile(64, 512, 1, 4, 3) if k >= 8192 else Tile(128, 256, 1, 8, 3)
+        if k < 8192:
+            return Tile(64, 0, 1, 2, 4)
+        if n < 20_000:
+            return Tile(32, 0, 1, 2, 6)
+        return Tile(32, 0, 1, 1 if n < 40_000 else 2, 4)
+    if n < 10_000:
+        return Tile(32, 256, 1, 2, 8)
+    if n < 20_000:
+        return Tile(64, 256, 1, 4, 4)
+    return Tile(128, 256, 1, 4 if k >= 8192 else 8, 3) if n < 40_000 else Tile(32, 512, 1, 2, 4)
 
 
 @torch.library.custom_op("tp_cuda::gemv_", mutates_args=("y",))
