@@ -77,6 +77,21 @@ def test_exact_and_the_same_on_every_rank(world: int) -> None:
     assert results == [("shm", len(DTYPES) * len(counts) * 3)] * world
 
 
+def started() -> list[float]:
+    """What a sum that was begun has become. By gloo: NCCL's runs with the prompts of tests/gpu."""
+    group = dist.group.WORLD
+    x = torch.arange(5.0) + 100 * group.rank()  # sums of whole numbers are exact in any order
+    wait = collectives.start_all_reduce_(x, group)
+    wait()
+    return x.tolist()
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_a_sum_that_is_begun_is_there_after_the_wait(world: int) -> None:
+    wanted = [world * i + 100 * sum(range(world)) for i in range(5)]
+    assert run_ranks(world, started) == [wanted] * world
+
+
 def test_world_of_one_is_a_no_op() -> None:
     ((transport, _),) = run_ranks(1, exact, (5,))
     assert transport == "c10d"

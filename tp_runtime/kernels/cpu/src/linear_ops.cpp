@@ -72,14 +72,32 @@ struct alignas(64) Claims {
   std::atomic<int64_t> taken{0};
 };
 
-Claims* claims_of_thread(int threads) {
+// `blocks` shared out among threads in multiples of `each`; passes of `runs` blocks.
+Claims* share_out(int64_t blocks, int64_t each, int runs, int threads) {
   static thread_local std::vector<Claims> kept;
   if (static_cast<int>(kept.size()) < threads) kept = std::vector<Claims>(threads);
+  for (int t = 0; t < threads; ++t) {
+    const auto [begin, end] = part_of((blocks + each - 1) / each, t, threads);
+    kept[t].share = Share{std::min(begin * each, blocks), std::min(end * each, blocks), runs};
+    kept[t].taken.store(0, std::memory_order_relaxed);
+  }
   return kept.data();
 }
 
-// Few rows: all threads prepare the activations, wait for each other, and run: first their own share, then
-// what others have left (cores differ in speed when something else uses them).
+// A thread's own passes, and then what others have left (cores differ in speed when something else uses them).
+template <typename Run>
+void take_passes(Claims* claims, int thread, int threads, const Run& run) {
+  for (int i = 0; i < threads; ++i) {
+    Claims& from = claims[(thread + i) % threads];
+    for (;;) {
+      const int64_t pass = from.taken.fetch_add(1, std::memory_order_relaxed);
+      if (pass >= from.share.passes()) break;
+      run(from.share, pass);
+    }
+  }
+}
+
+// Few rows: all threads prepare the activations, wait for each other, and run.
 void few_rows(const WeightShape& shape, const Input& input, const uint8_t* packed, const Output& out, int terms) {
   const LinearKernels& kernel = kernels();
   const Activations activations = allocate(shape, out.rows, terms);
@@ -93,12 +111,7 @@ void few_rows(const WeightShape& shape, const Input& input, const uint8_t* packe
     for (int64_t pass = 0; pass < all.passes(); ++pass) kernel.run(shape, packed, activations, out, all, pass);
     return;
   }
-  Claims* claims = claims_of_thread(threads);
-  for (int t = 0; t < threads; ++t) {
-    const auto [begin, end] = part_of(blocks, t, threads);
-    claims[t].share = Share{begin, end, runs};
-    claims[t].taken.store(0, std::memory_order_relaxed);
-  }
+  Claims* claims = share_out(blocks, 1, runs, threads);
   // GNU's OpenMP makes new threads when teams change size, so this is always the team of all threads.
 #pragma omp parallel
   {
@@ -106,14 +119,9 @@ void few_rows(const WeightShape& shape, const Input& input, const uint8_t* packe
     const auto [first_unit, last_unit] = part_of(units_of(shape), thread, omp_get_num_threads());
     kernel.prepare(shape, input, activations, first_unit, last_unit);
 #pragma omp barrier
-    for (int i = 0; i < threads; ++i) {
-      Claims& from = claims[(thread + i) % threads];
-      for (;;) {
-        const int64_t pass = from.taken.fetch_add(1, std::memory_order_relaxed);
-        if (pass >= from.share.passes()) break;
-        kernel.run(shape, packed, activations, out, from.share, pass);
-      }
-    }
+    take_passes(claims, thread, threads, [&](const Share& share, int64_t pass) {
+      kernel.run(shape, packed, activations, out, share, pass);
+    });
   }
 }
 
@@ -129,18 +137,26 @@ void many_rows_tiled(const WeightShape& shape, const Tensor& x, const uint8_t* p
   const Input input{x.const_data_ptr(), dtype_of(x), rows, x.stride(0)};
   const Tensor tiles = at::empty({row_tiles * 16, shape.slices() * kSliceCols}, x.options().dtype(at::kBFloat16));
   auto* tile_data = static_cast<uint16_t*>(tiles.data_ptr());
-  at::parallel_for(0, row_tiles, 1,
-                   [&](int64_t begin, int64_t end) { many_rows_amx.pack(shape, input, tile_data, begin, end); });
   const Output out{y.data_ptr(), dtype_of(y), rows, y.stride(0), channel_scale, gated};
-  const int64_t blocks = gated ? shape.blocks() / 2 : shape.blocks(), each = gated ? kPanelBlocks / 2 : kPanelBlocks;
-  const int64_t panels = (blocks + each - 1) / each;
-  at::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
+  const int64_t blocks = gated ? shape.blocks() / 2 : shape.blocks();
+  const int each = gated ? kPanelBlocks / 2 : kPanelBlocks;
+  const int threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+  Claims* claims = share_out(blocks, each, each, threads);
+#pragma omp parallel num_threads(threads)
+  {
+    const int thread = omp_get_thread_num();
+    const auto [first_tile, last_tile] = part_of(row_tiles, thread, threads);
+    many_rows_amx.pack(shape, input, tile_data, first_tile, last_tile);
     Scratch& scratch = Scratch::of_thread();
     const size_t floats = row_tiles * 16 * kPanelBlocks * kBlockRows;
     scratch.reserve(floats * sizeof(float));
-    many_rows_amx.run(shape, packed, tile_data, out, begin * each, std::min(end * each, blocks),
-                      scratch.take<float>(floats));
-  });
+    auto* sums = scratch.take<float>(floats);
+#pragma omp barrier
+    take_passes(claims, thread, threads, [&](const Share& share, int64_t pass) {
+      const int64_t begin = share.begin + pass * each;
+      many_rows_amx.run(shape, packed, tile_data, out, begin, std::min(begin + each, share.end), sums);
+    });
+  }
 }
 
 // Many rows elsewhere: unpack a panel of the weight into cache, then multiply it by all rows.
