@@ -145,7 +145,7 @@ void many_rows_tiled(const WeightShape& shape, const Tensor& x, const uint8_t* p
 #pragma omp parallel num_threads(threads)
   {
     const int thread = omp_get_thread_num();
-    const auto [first_tile, last_tile] = part_of(row_tiles, thread, threads);
+    const auto [first_tile, last_tile] = part_of(row_tiles, thread, omp_get_num_threads());
     many_rows_amx.pack(shape, input, tile_data, first_tile, last_tile);
     Scratch& scratch = Scratch::of_thread();
     const size_t floats = row_tiles * 16 * kPanelBlocks * kBlockRows;
