@@ -49,10 +49,11 @@ def test_decode(heads: int, kv_heads: int, dim: int, window: int, dtype: torch.d
     keys, values, table = make_cache(lengths, kv_heads, dim, dtype)
     q = torch.randn(len(lengths), heads, dim).bfloat16()
     positions, rows = torch.tensor(lengths).int() - 1, torch.arange(len(lengths)).int()
-    scratch = ops.DecodeScratch.make(len(lengths), heads, kv_heads, dim, 8, device)
     out = torch.full_like(q, torch.nan).to(device)
     arguments = [each.to(device) for each in (q, keys, values, positions, rows, table)]
-    for _ in range(2):  # the counters are left as they were found
+    sizes = (len(lengths), heads, arguments[1], max(lengths))
+    some, all_alone = (ops.DecodeScratch.make(*sizes, most_splits=most) for most in (4, 32))
+    for scratch in (some, some, all_alone):  # runs of several tiles, of one; the counters are as they were
         ops.decode_attention(*arguments, scratch, out, scale=dim**-0.5, window=window)
         starts = torch.arange(len(lengths) + 1).int()
         wanted = reference.attend_paged(

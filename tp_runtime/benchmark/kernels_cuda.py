@@ -158,8 +158,6 @@ def _many_rows(case: Case, bench: Bench) -> dict[str, Any]:
 
 def _attention(case: Case, config: ModelConfig, bench: Bench) -> dict[str, Any]:
     """The step's attention of one token over `case.tokens` cached ones, over enough layers' caches."""
-    import triton
-
     from ..kernels.cuda.attention_ops import DecodeScratch, decode_attention
 
     heads, kv_heads = config.num_heads // case.world, max(1, config.num_kv_heads // case.world)
@@ -175,8 +173,7 @@ def _attention(case: Case, config: ModelConfig, bench: Bench) -> dict[str, Any]:
     table = torch.randperm(blocks).int().unsqueeze(0).cuda()
     position = torch.tensor([case.tokens - 1], dtype=torch.int32, device="cuda")
     row = torch.zeros(1, dtype=torch.int32, device="cuda")
-    splits = min(32, triton.next_power_of_2(blocks))
-    scratch = DecodeScratch.make(1, heads, kv_heads, dim, splits, "cuda")
+    scratch = DecodeScratch.make(1, heads, caches[0][0], case.tokens)
 
     def run() -> None:
         for keys, values in caches:

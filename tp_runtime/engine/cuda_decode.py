@@ -198,10 +198,7 @@ class DecodeStep:
         pieces = tokens.num_candidates(weights.head.outputs)
         self._values, self._indices = make(pieces), make(pieces, torch.int32)
         self._pieces = pieces
-        splits = min(32, triton.next_power_of_2(max(1, cache.shape.blocks_for(context))))
-        self._scratch = attention_ops.DecodeScratch.make(
-            MOST_TOKENS, self.heads, self.kv_heads, self.head_dim, splits, device
-        )
+        self._scratch = attention_ops.DecodeScratch.make(MOST_TOKENS, self.heads, cache.keys[0], context)
 
     def logits(self, count: int) -> Tensor:
         """fp32 [count, V] of the last step of `count` tokens."""

@@ -110,32 +110,38 @@ def _softmax_step(q, k, v, m, total, acc, valid, scale):
 
 
 @triton.jit
+def _cache_rows(at, table_ptr, kv_head, seen, K: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
+    """Where the keys (or values) of positions `at` begin in the cache; unseen ones anywhere."""
+    number = tl.load(table_ptr + at // BLOCK, mask=seen, other=0).to(tl.int64)
+    return ((number * K + kv_head) * BLOCK + at % BLOCK) * D
+
+
+@triton.jit
 def decode_kernel(
     q_ptr, k_cache_ptr, v_cache_ptr, position_ptr, row_ptr, table_ptr, partial_ptr, stats_ptr, count_ptr,
     out_ptr, table_stride, scale, window,
     H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr,
-    LEAST: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    BS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One run of blocks of one token's key-value head, for all query heads that share it.
+    """One run of tiles of BS positions of one token's key-value head, for all query heads that share it.
 
-    ROWS: those heads padded to 16 or more. LEAST: blocks a run holds at least. SPLITS: most runs, a power of
-    two. partial: fp32 [T, K, SPLITS, ROWS, D], stats: fp32 [T, K, SPLITS, 2, ROWS], count: int32 [T, K], zero
-    before and after.
+    ROWS: those heads padded to 16 or more. SPLITS: most runs, a power of two. partial: fp32 [T, K, SPLITS,
+    ROWS, D], stats: fp32 [T, K, SPLITS, 2, ROWS], count: int32 [T, K], zero before and after.
     """
     token, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     GROUP: tl.constexpr = H // K
     context = tl.load(position_ptr + token) + 1  # which no kernel of the step writes before its last
-    row = tl.load(row_ptr + token)
+    table_ptr += tl.load(row_ptr + token) * table_stride
     if PDL:
         wait_for_previous()
     lowest = tl.maximum(context - window, 0) if window > 0 else 0
-    first_block = lowest // BLOCK
-    blocks = tl.cdiv(context, BLOCK) - first_block
-    run = tl.maximum(tl.cdiv(blocks, SPLITS), LEAST)
-    active = tl.cdiv(blocks, run)
+    first_tile = lowest // BS
+    tiles = tl.cdiv(context, BS) - first_tile
+    run = tl.cdiv(tiles, SPLITS)
+    active = tl.cdiv(tiles, run)
     if split >= active:
         return
-    g, d, s = tl.arange(0, ROWS), tl.arange(0, D), tl.arange(0, BLOCK)
+    g, d, s = tl.arange(0, ROWS), tl.arange(0, D), tl.arange(0, BS)
     q = tl.load(
         q_ptr + (token * H + kv_head * GROUP + g[:, None]) * D + d[None, :],
         mask=g[:, None] < GROUP,
@@ -144,17 +150,16 @@ def decode_kernel(
     m = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, D], tl.float32)
-    start = first_block + split * run
-    for block in tl.range(start, tl.minimum(start + run, first_block + blocks), num_stages=3):
-        number = tl.load(table_ptr + row * table_stride + block).to(tl.int64)
-        base = (number * K + kv_head) * (BLOCK * D)
-        k = tl.load(k_cache_ptr + base + s[None, :] * D + d[:, None])
-        v = tl.load(v_cache_ptr + base + s[:, None] * D + d[None, :])
-        at = block * BLOCK + s[None, :]
-        valid = (at < context) & (at >= lowest)
-        # A slot that was never written may hold NaN, and 0 * NaN is NaN.
-        v = tl.where((block * BLOCK + s[:, None]) < context, v.to(q.dtype), 0.0)
-        m, total, acc = _softmax_step(q, k.to(q.dtype), v, m, total, acc, valid, scale * _LOG2E)
+    start = first_tile + split * run
+    for tile in tl.range(start, tl.minimum(start + run, first_tile + tiles), num_stages=STAGES):
+        at = tile * BS + s
+        seen = (at < context) & (at >= lowest)  # other slots may never have been written, and hold NaN
+        base = _cache_rows(at, table_ptr, kv_head, seen, K, D, BLOCK)
+        k = tl.load(k_cache_ptr + base[None, :] + d[:, None], mask=seen[None, :], other=0.0)
+        v = tl.load(v_cache_ptr + base[:, None] + d[None, :], mask=seen[:, None], other=0.0)
+        m, total, acc = _softmax_step(
+            q, k.to(q.dtype), v.to(q.dtype), m, total, acc, seen[None, :], scale * _LOG2E
+        )
     if PDL:
         # Not earlier: a linear's programs would crowd onto the processors that are done here first.
         start_next()
@@ -194,13 +199,6 @@ def decode_kernel(
 
 
 @triton.jit
-def _cache_rows(at, table_ptr, kv_head, context, K: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
-    """Where the keys (or values) of positions `at` begin in the cache."""
-    number = tl.load(table_ptr + at // BLOCK, mask=at < context, other=0).to(tl.int64)
-    return ((number * K + kv_head) * BLOCK + at % BLOCK) * D
-
-
-@triton.jit
 def prompt_kernel(
     q_ptr, k_cache_ptr, v_cache_ptr, table_ptr, start_ptr, context_ptr, out_ptr, table_stride, scale, window,
     H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BS: tl.constexpr,
@@ -230,7 +228,7 @@ def prompt_kernel(
     kv_head = head // (H // K)
     table_ptr += row * table_stride
     for start in tl.range(lowest, seen_by_all, BS, num_stages=2):
-        base = _cache_rows(start + s, table_ptr, kv_head, context, K, D, BLOCK)
+        base = _cache_rows(start + s, table_ptr, kv_head, start + s < context, K, D, BLOCK)
         k = tl.load(k_cache_ptr + base[None, :] + d[:, None])
         v = tl.load(v_cache_ptr + base[:, None] + d[None, :])
         scores = tl.dot(q, k.to(q.dtype)) * (scale * _LOG2E)
@@ -241,7 +239,7 @@ def prompt_kernel(
         m = new_m
     for start in tl.range(seen_by_all, end, BS, num_stages=1):
         at = start + s
-        base = _cache_rows(at, table_ptr, kv_head, context, K, D, BLOCK)
+        base = _cache_rows(at, table_ptr, kv_head, at < context, K, D, BLOCK)
         k = tl.load(k_cache_ptr + base[None, :] + d[:, None], mask=at[None, :] < context, other=0.0)
         v = tl.load(v_cache_ptr + base[:, None] + d[None, :], mask=at[:, None] < context, other=0.0)
         valid = (at[None, :] <= position[:, None]) & (at[None, :] < context)

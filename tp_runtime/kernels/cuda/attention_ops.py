@@ -16,7 +16,9 @@ from .attention import decode_kernel, prompt_kernel, rope_write_kernel
 
 HEAD_DIMS = (16, 32, 64, 128, 256)
 _TYPES = (torch.bfloat16, torch.float16)
-_LEAST_BLOCKS = 2  # of a program's run; one makes twice as many partial results, four take too long in turn
+_TILE = 128  # positions read at once: half as many are slower from 200 on, and at 8,192 by a third
+_STAGES = 2  # tiles of keys and values on their way
+_MOST_SPLITS = 32
 
 
 def takes(q_THD: Tensor) -> bool:
@@ -78,26 +80,45 @@ def _(
 
 @dataclass(frozen=True)
 class DecodeScratch:
-    """What decode attention keeps between programs: see decode_kernel. For at most `tokens` tokens."""
+    """What decode attention keeps between programs: see decode_kernel. For at most `tokens` tokens.
+
+    tile: positions a program reads at once. splits: programs that share a context.
+    """
 
     partial: Tensor
     stats: Tensor
     count: Tensor
+    tile: int
     splits: int
 
     @classmethod
     def make(
-        cls, tokens: int, heads: int, kv_heads: int, dim: int, splits: int, device: str
+        cls, tokens: int, heads: int, cache: Tensor, context: int, *, most_splits: int = _MOST_SPLITS
     ) -> DecodeScratch:
-        assert splits & (splits - 1) == 0, f"{splits} splits are no power of two"
+        """For a cache of keys [blocks, K, block size, D] of contexts up to `context`."""
+        kv_heads, dim, device = cache.shape[1], cache.shape[3], cache.device
+        tile = _tile(cache)
+        splits = min(most_splits, triton.next_power_of_2(triton.cdiv(context, tile)))
         rows = padded_group(heads, kv_heads)
         slots = tokens * kv_heads * splits
         return cls(
             torch.empty(slots * rows * dim, dtype=torch.float32, device=device),
             torch.empty(slots * 2 * rows, dtype=torch.float32, device=device),
             torch.zeros(tokens * kv_heads, dtype=torch.int32, device=device),
+            tile,
             splits,
         )
+
+
+def _tile(cache: Tensor) -> int:
+    """_TILE, or less where the GPU's shared memory does not hold the stages of it."""
+    tile = _TILE
+    if cache.device.type == "cuda":
+        limit = torch.cuda.get_device_properties(cache.device).shared_memory_per_block_optin  # type: ignore[attr-defined]
+        position = 2 * _STAGES * cache.shape[3] * cache.dtype.itemsize
+        while tile > 16 and tile * position > limit * 3 // 4:  # the rest is for queries and weights
+            tile //= 2
+    return tile
 
 
 def padded_group(heads: int, kv_heads: int) -> int:
@@ -186,8 +207,9 @@ def decode_attention(
         D=dim,
         ROWS=padded_group(heads, kv_heads),
         SPLITS=scratch.splits,
-        LEAST=_LEAST_BLOCKS,
+        BS=scratch.tile,
         BLOCK=block,
-        num_warps=4,
+        STAGES=_STAGES,
+        num_warps=8,
         **launch_options(),
     )
