@@ -57,11 +57,17 @@ def _compare(folder: str, quant: str, cache_dtype: str = "auto") -> dict[str, An
         layerwise = ModelRunner.execute(llm.runner, step).float().cpu()
         captured = llm.runner.execute(step).float().cpu()
         mixed = Step((Row(prompt, 0, (1, 2), 45), Row((44,), 0, (3,), 1), Row(prompt[::-1], 0, (4, 5), 40)))
-        prompts = [ModelRunner.execute(llm.runner, mixed), llm.runner.execute(mixed)]
-        prompt_gap = ((prompts[1] - prompts[0]).float() / prompts[0].float().std()).abs().cpu()
+        gaps, prompts = [], []
+        # A size comes for the first time, is captured, and is replayed, also for other rows.
+        for few in (mixed, mixed, mixed, Step((Row(prompt * 2, 0, (6, 7, 8), 3),)), Step(mixed.rows[::-1])):
+            twin = ModelRunner.execute(llm.runner, few)
+            prompts.append(llm.runner.execute(few).float().cpu())
+            gaps.append((prompts[-1] - twin.float().cpu()).abs() / twin.float().std().cpu())
+        assert 128 in llm.runner._prompts._graphs, "the pass was not captured"
+        assert torch.equal(prompts[0], prompts[1]) and torch.equal(prompts[0], prompts[2])
         return {
             "together": together, "stepwise": stepwise, "drawn": drawn, "layerwise": layerwise,
-            "captured": captured, "prompt": prompts[1].float().cpu(), "prompt_gap": prompt_gap,
+            "captured": captured, "prompt": torch.cat(prompts), "prompt_gap": torch.cat(gaps),
         }  # fmt: skip
 
 

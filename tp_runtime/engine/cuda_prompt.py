@@ -26,6 +26,8 @@ from .cuda_decode import Layer, Linear, Weights
 from .kv_cache import KVCache
 from .step import StepTensors
 
+StartSum = Callable[[Tensor], Callable[[], None]]
+
 
 class PromptPass:
     """The layers of steps of more tokens than the captured step takes, for one rank."""
@@ -33,11 +35,21 @@ class PromptPass:
     def __init__(self, model: Llama, weights: Weights, cache: KVCache, group: dist.ProcessGroup) -> None:
         self.model, self.weights, self.cache, self.group = model, weights, cache, group
 
-    def run(self, inputs: StepTensors, layers: Sequence[int] | None = None) -> Tensor:
-        """Hidden states after the last norm, [T, H]. Writes the cache. layers: as ModelRunner.execute."""
+    def embed(self, inputs: StepTensors) -> Tensor:
+        """What the layers begin with, fp32 [T, H]."""
+        return self.model.model.embed_tokens(inputs.tokens_T).float()
+
+    def run(
+        self, x_TH: Tensor, inputs: StepTensors, layers: Sequence[int] | None = None,
+        start_sum: StartSum | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Hidden states after the last norm, [T, H]. Writes the cache. layers: as ModelRunner.execute.
+
+        x_TH: of `embed`; it becomes the residual stream. start_sum: begins a sum over ranks, in place, and
+        gives what waits for it; None: NCCL's.
+        """
         decoder = self.model.model
-        x_TH = decoder.embed_tokens(inputs.tokens_T).float()
-        stream = _Stream(x_TH, self.group, self.weights.eps)
+        stream = _Stream(x_TH, start_sum or self._start_sum, self.weights.eps)
         angles = self.model.rotary(inputs.positions_T)
         for index in range(len(decoder.layers)) if layers is None else layers:
             layer, module = self.weights.layers[index], cast(DecoderLayer, decoder.layers[index])
@@ -47,6 +59,9 @@ class PromptPass:
             stream.add(layer.down, module.mlp.gate(gate_TN, up_TN))
         dtype = getattr(decoder.norm, "dtype", torch.float32)  # the head's
         return stream.normed(self.weights.norm, dtype)
+
+    def _start_sum(self, y_TH: Tensor) -> Callable[[], None]:
+        return start_all_reduce_(y_TH, self.group)
 
     def _attend(
         self, index: int, layer: Layer, attention: Attention, qkv_TN: Tensor,
@@ -71,8 +86,8 @@ class PromptPass:
 class _Stream:
     """The residual stream of one pass, in fp32: what `add` was given is added when it is read next."""
 
-    def __init__(self, x_TH: Tensor, group: dist.ProcessGroup, eps: float) -> None:
-        self._x, self._group, self._eps = x_TH, group, eps
+    def __init__(self, x_TH: Tensor, start_sum: StartSum, eps: float) -> None:
+        self._x, self._start_sum, self._eps = x_TH, start_sum, eps
         self._added: tuple[Tensor, Tensor | None, Callable[[], None]] | None = None
 
     def normed(self, norm: Tensor, dtype: torch.dtype) -> Tensor:
@@ -90,7 +105,7 @@ class _Stream:
     def add(self, linear: Linear, x_TK: Tensor) -> None:
         """Begin to add x W^T (+ bias), summed over ranks."""
         y_TH = _product(linear, lambda: x_TK)
-        self._added = y_TH, linear.bias, start_all_reduce_(y_TH, self._group)
+        self._added = y_TH, linear.bias, self._start_sum(y_TH)
 
 
 def _product(linear: Linear, make_x: Callable[[], Tensor]) -> Tensor:

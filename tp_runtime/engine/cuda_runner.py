@@ -1,4 +1,4 @@
-"""One rank's model on a GPU: prompts layer by layer (cuda_prompt.py), decoding through captured graphs.
+"""One rank's model on a GPU: prompts (cuda_prompt_graphs.py), and decoding through captured graphs.
 
 A step of at most 16 tokens, one or a few a row, is a replay of a CUDA graph: the host writes some words
 (tokens, positions, block numbers), and reads logits or tokens. The graph of 1, 2, 4, 8 or 16 tokens is
@@ -26,6 +26,7 @@ from ..log import once
 from ..sharding.layers import gather_last_dim
 from .cuda_decode import MOST_TOKENS, RING_STEPS, DecodeStep, Inputs, Weights, most_words, step_weights
 from .cuda_prompt import PromptPass
+from .cuda_prompt_graphs import PromptGraphs
 from .kv_blocks import SCRATCH_BLOCK
 from .runner import ModelRunner
 from .step import Row, Step
@@ -49,7 +50,8 @@ class CudaRunner(ModelRunner):
         if not int(all_reduce(served, self.group, "min")) or weights is None:
             once("this model has weights that the GPU's decoding step cannot read: it decodes layer by layer")
             return
-        words = most_words(self.model.config.hidden_size)
+        hidden = self.model.config.hidden_size
+        words = max(most_words(hidden), PromptGraphs.words(hidden, self.max_tokens))
         push = connect(self.group, self.device, max_words=words, timeout_s=timeout_s)
         if push is not None:
             self._prepare(weights, push)
@@ -61,7 +63,8 @@ class CudaRunner(ModelRunner):
             self.model, weights, self.cache, push, self._inputs,
             context=self.max_blocks * self.cache.shape.block_size, first_id=first_id, device=self.device,
         )  # fmt: skip
-        self._prompt = PromptPass(self.model, weights, self.cache, self.group)
+        prompt = PromptPass(self.model, weights, self.cache, self.group)
+        self._prompts = PromptGraphs(prompt, push, self.group)
         self._push = push
         self._host_words = torch.zeros_like(self._inputs.words, device="cpu").pin_memory()
         self._host_table = torch.zeros_like(self._inputs.table, device="cpu").pin_memory()
@@ -80,6 +83,11 @@ class CudaRunner(ModelRunner):
         for count in (32, 1):
             self.execute(Step((Row((0,) * count, 0, (SCRATCH_BLOCK,), 1),)))
 
+    def pads(self, step: Step) -> bool:
+        """As ModelRunner's: prompts that may be captured are."""
+        served = step.num_tokens > MOST_TOKENS and PromptGraphs.serves(step.num_tokens)
+        return self._decode is not None and served
+
     @torch.inference_mode()
     def execute(self, step: Step, layers: Sequence[int] | None = None) -> Tensor:
         """As ModelRunner.execute; all layers of a few tokens are the captured graph."""
@@ -88,7 +96,9 @@ class CudaRunner(ModelRunner):
         if step.num_tokens > MOST_TOKENS:
             inputs = self.tensors(step)
             with collective_errors():
-                return self._head(self._prompt.run(inputs, layers), inputs)
+                hidden_TH = self._prompts.run(inputs, layers)
+                self._host_status.copy_(self._push.status, non_blocking=True)
+                return self._head(hidden_TH, inputs)
         self._replay(self._fill(step, moving=False), 1)
         wanted: list[int] = []
         at = 0

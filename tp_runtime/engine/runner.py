@@ -132,6 +132,10 @@ class ModelRunner:
             self._plans[layers] = plan
         return self._plans[layers]
 
+    def pads(self, step: Step) -> bool:
+        """Whether the step is padded to one of a few sizes."""
+        return self.pad
+
     def tensors(self, step: Step) -> StepTensors:
         """The step laid out and padded for this runner."""
         return StepTensors.build(
@@ -140,7 +144,7 @@ class ModelRunner:
             max_blocks=self.max_blocks,
             max_rows=self.max_rows,
             max_tokens=self.max_tokens,
-            pad=self.pad,
+            pad=self.pads(step),
             exact_tokens=self.exact_tokens,
             min_tokens=self.min_tokens,
             device=self.device,
