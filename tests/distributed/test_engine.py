@@ -65,14 +65,14 @@ def make_prompts() -> list[list[int]]:
     return [[(7 * i * i + 3 * n) % 120 + 3 for i in range(n)] for n in LENGTHS]
 
 
-def save_model(family: str, folder: Path) -> Any:
-    """A tiny random model in Hugging Face layout, and the model itself."""
+def save_model(family: str, folder: Path, **others: Any) -> Any:
+    """A tiny random model in Hugging Face layout, and the model itself. others: further settings."""
     import torch
     import transformers
 
     kind, changes = FAMILIES[family]
     torch.manual_seed(0)
-    config = getattr(transformers, f"{kind}Config")(**{**COMMON, **changes})
+    config = getattr(transformers, f"{kind}Config")(**{**COMMON, **changes, **others})
     model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
@@ -91,14 +91,21 @@ def greedy(model: Any, ids: list[int]) -> tuple[int, ...]:
     return tuple(found[len(ids) :])
 
 
-def body(path: str, how: str) -> list[list[tuple[int, ...]]]:
+def body(path: str, how: str, collectives: str = "auto") -> list[list[tuple[int, ...]]]:
     """The tokens of each prompt alone, then of all three together."""
     from tp_runtime.config import SamplingParams
     from tp_runtime.engine.llm import LLM
 
     params = SamplingParams(max_new_tokens=NEW_TOKENS, ignore_eos=True)
     prompts = make_prompts()
-    with LLM(path, dtype="fp32", max_batch=3, prefill_chunk=32, **PATHS[how]) as llm:
+    settings = {
+        "dtype": "fp32",
+        "max_batch": 3,
+        "prefill_chunk": 32,
+        "collectives": collectives,
+        **PATHS[how],
+    }
+    with LLM(path, **settings) as llm:
         assert (llm.runner.native is not None, llm.runner.compiled) == (how == "native", how == "compiled")
         alone = [llm.generate([prompt], params)[0].tokens for prompt in prompts]
         together = [done.tokens for done in llm.generate(prompts, params)]
@@ -112,6 +119,19 @@ def test_greedy_tokens_equal_transformers(family: str, world: int, how: str, tmp
     model = save_model(family, tmp_path)
     wanted = [greedy(model, ids) for ids in make_prompts()]
     for answers in run_ranks(world, body, str(tmp_path), how, timeout=300):
+        assert answers[0] == wanted, "one prompt at a time"
+        assert answers[1] == wanted, "three prompts in one batch"
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("collectives", ["shm", "c10d"])
+@pytest.mark.parametrize("how", ["native", "eager"])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(8, 2), (12, 3)])  # divided by eight, and not
+def test_eight_ranks(heads: int, kv_heads: int, how: str, collectives: str, tmp_path: Path) -> None:
+    shape = {"num_attention_heads": heads, "num_key_value_heads": kv_heads}
+    model = save_model("llama3", tmp_path, **shape)
+    wanted = [greedy(model, ids) for ids in make_prompts()]
+    for answers in run_ranks(8, body, str(tmp_path), how, collectives, timeout=600):
         assert answers[0] == wanted, "one prompt at a time"
         assert answers[1] == wanted, "three prompts in one batch"
 
