@@ -89,22 +89,23 @@ def _measured(llm: LLM, args: Namespace, group: dist.ProcessGroup) -> dict[str, 
     speculation = None if speculator is None else SpeculationReport(speculator.plan.name, speculator.most)
     matmul = None if on_gpu else MatmulRate(llm.built.model_config, llm.world_size, group)
     rates: list[float] = []
-    ceiling.read()
+    around: list[float] = []
+    before = ceiling.read()
     for _ in range(args.repeat):
         decodes.append([_generate(llm, depth, args.new_tokens, args.batch) for depth in depths])
         if speculator is not None and speculation is not None:
             speculation.passes += speculator.report.passes  # of the last context
         if args.force_acceptance is not None:
             plain.append(_without_draft(llm, args, deep))
-        before = 0.0 if matmul is None else matmul.read()
+        around.append(max(before, ceiling.read()))
+        rate = 0.0 if matmul is None else matmul.read()
         prefills.append(_generate(llm, args.prompt_tokens, 1, args.batch))
-        rates.append(before if matmul is None else max(before, matmul.read()))
-        ceiling.read()
+        rates.append(rate if matmul is None else max(rate, matmul.read()))
+        before = ceiling.read()
     # Rank 0 drives and knows the times; the others take part in its sums with zeros.
     speeds = [[total(timing.tok_s or 0.0, group) for timing in turn] for turn in decodes]
     firsts = [total(timing.ttft_s, group) for timing in prefills]
-    at_most = Spread.of([turn[-1] for turn in speeds])
-    document = _document(llm, args, at_most, Spread.of(firsts), ceiling)
+    document = _document(llm, args, [turn[-1] for turn in speeds], Spread.of(firsts), ceiling, around)
     if speculation is not None and plain:
         plain_speeds = [total(timing.tok_s or 0.0, group) for timing in plain]
         document |= _forced(args, [turn[-1] for turn in speeds], plain_speeds, speculation)
@@ -155,8 +156,11 @@ def _cache_bytes(llm: LLM, args: Namespace, context: int) -> int:
     return cache_bytes_per_token(llm.built.model_config, context - args.new_tokens // 2, vector_bytes)
 
 
-def _document(llm: LLM, args: Namespace, speed: Spread, first: Spread, ceiling: Ceiling) -> dict[str, Any]:
-    built, config = llm.built, llm.built.model_config
+def _document(
+    llm: LLM, args: Namespace, speeds: list[float], first: Spread, ceiling: Ceiling, around: list[float]
+) -> dict[str, Any]:
+    """speeds: tokens a second by turn. around: the larger reading of the ceiling beside each turn."""
+    built, config, speed = llm.built, llm.built.model_config, Spread.of(speeds)
     token_bytes = built.weight_bytes_per_token
     on_gpu = built.device == "cuda"
     resident = (
@@ -190,6 +194,9 @@ def _document(llm: LLM, args: Namespace, speed: Spread, first: Spread, ceiling: 
         "read_ceiling_gb_s": ceiling.best,
         "read_ceilings_gb_s": ceiling.readings,
         "mbu": mbu(token_bytes, speed.median, args.batch, ceiling.best) if claim else None,
+        "turns": [
+            {"tok_s": its, "read_ceiling_gb_s": most} for its, most in zip(speeds, around, strict=True)
+        ],
         "cache_resident": resident,
         "compile_cold_s": None,
         "compile_warm_s": None,

@@ -13,6 +13,8 @@ weight bytes      of a token: the unsharded model's matmul weights and scales at
                   head once, no padding, no copies (engine/figures.py computes it).
 mbu               weight bytes x steps a second / read ceiling. A step makes one token of each row of the
                   batch and reads the weights once, so at batch 1 steps are tokens. Cache bytes are apart.
+                  Of the largest reading of all; by turn: the median over timed runs, each held to the larger
+                  of the readings just before and after it, for hosts whose speed changes meanwhile.
 cache resident    a model under CACHE_FACTOR times the last-level cache, or the L2 of all ranks' GPUs
                   together, may live there: no mbu is claimed.
 prefill share     operations done a second over the best oneDNN bf16 matmul of PREFILL_ROWS rows on the
@@ -33,8 +35,9 @@ bits a weight     of a stored format, its scales included: what peers are compar
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ..engine.figures import CACHE_FACTOR, last_level_cache_bytes
 from ..kernels.cpu.read_ceiling import CACHES_READ
@@ -84,6 +87,15 @@ def is_cache_resident(weight_bytes_per_token: int) -> bool:
 def ceiling_bytes() -> int:
     """Memory that a rank reads for the ceiling and rotates its kernels over, by its own CPUs' caches."""
     return CACHES_READ * max(last_level_cache_bytes(), 1 << 20)
+
+
+def mbu_by_turn(document: Mapping[str, Any]) -> float:
+    """The median of a decode document's turns; of a model in the caches too, for comparisons with itself."""
+    token_bytes, batch = document["weight_bytes_per_token"], document["batch"]
+    turns = document["turns"]
+    return statistics.median(
+        mbu(token_bytes, turn["tok_s"], batch, turn["read_ceiling_gb_s"]) for turn in turns
+    )
 
 
 def linears(config: ModelConfig, world_size: int = 1) -> Iterator[tuple[str, int, int]]:

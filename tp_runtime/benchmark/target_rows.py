@@ -15,7 +15,7 @@ from typing import Any
 from ..engine.source import resolve
 from ..errors import ModelNotFoundError
 from ..models import registry
-from .definitions import bits_per_weight, is_cache_resident
+from .definitions import bits_per_weight, is_cache_resident, mbu_by_turn
 from .peers import weight_bytes
 
 QUANTS = ("none", "int8", "int4")
@@ -60,8 +60,9 @@ class Row:
 def rows() -> tuple[Row, ...]:
     """All of them, the short ones first."""
     decode = "decode --model llama-1b --quant"
-    over = [f"{decode} {q} --repeat 3 {r}" for q in QUANTS for r in ("--nproc 1", "--nproc 2", _ONE_THREAD)]
-    mbu = [f"decode --model {mbu_model(quant)} --quant {quant} --repeat 5" for quant in QUANTS]
+    short = "--new-tokens 32 --repeat"  # turns that a host's speed seldom changes in
+    over = [f"{decode} {q} {short} 8 {r}" for q in QUANTS for r in ("--nproc 1", "--nproc 2", _ONE_THREAD)]
+    mbu = [f"decode --model {mbu_model(quant)} --quant {quant} {short} 15" for quant in QUANTS]
     prefill = [f"{decode} {quant} --prompt-tokens 512 --new-tokens 2 --repeat 5" for quant in QUANTS]
     deep = f"{decode} int8 --cache-dtype bf16 --contexts 128,8192 --new-tokens 32 --repeat 3"
     sizes = ",".join(map(str, _REDUCE_US))
@@ -123,6 +124,8 @@ def _mbu(found: Documents) -> Iterator[Figure]:
         why = "" if model == FAMILY[0] else f" ({FAMILY[0]} may live in the caches)"
         ceiling = document["read_ceiling_gb_s"]
         yield Figure(f"MBU of {model} {quant}{why}", document["mbu"], _MBU[quant], False, ceiling)
+        if document["mbu"] is not None:
+            yield Figure("the same by turn", mbu_by_turn(document), _MBU[quant])
 
 
 def _prefill(found: Documents) -> Iterator[Figure]:
@@ -158,6 +161,8 @@ def _ranks(found: Documents) -> Iterator[Figure]:
         yield Figure(
             f"{quant}: 2 ranks x 1 thread over 1 x 1", speed[1] / speed[2], least, False, ceilings[2]
         )
+        shares = [statistics.median(map(mbu_by_turn, runs)) for runs in (one, two)]
+        yield Figure(f"{quant}: over 1 x 2, shares of the ceilings by turn", shares[1] / shares[0], 0.98)
 
 
 def _over_llama_cpp(document: dict[str, Any], targets: dict[str, float]) -> Iterator[Figure]:

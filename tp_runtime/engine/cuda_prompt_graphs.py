@@ -111,7 +111,6 @@ class PromptGraphs:
         """The graph of passes of `size` tokens, if it fits every rank's memory."""
         once(f"capturing the pass of {size} tokens", logging.DEBUG)
         x_TH, inputs = x_TH.clone(), _copied(inputs)
-        torch.cuda.synchronize()
         graph, captured = torch.cuda.CUDAGraph(), None
         try:
             # The watchdog of NCCL may ask for events meanwhile, in a thread of its own.

@@ -30,6 +30,12 @@ def test_mbu_is_bytes_over_ceiling() -> None:
     assert definitions.mbu(10**9, 20.0, 1, 25.0) == pytest.approx(0.8)
 
 
+def test_mbu_by_turn_holds_each_to_its_own_readings() -> None:
+    turns = [{"tok_s": s, "read_ceiling_gb_s": c} for s, c in ((20.0, 25.0), (30.0, 40.0), (36.0, 40.0))]
+    document = {"weight_bytes_per_token": 10**9, "batch": 1, "turns": turns}
+    assert definitions.mbu_by_turn(document) == pytest.approx(0.8)
+
+
 def test_mbu_of_a_batch_counts_steps() -> None:
     """Four rows of 20 tokens/s each share one reading of the weights."""
     assert definitions.mbu(10**9, 80.0, 4, 25.0) == pytest.approx(0.8)

@@ -61,7 +61,10 @@ def check_decode(document: dict[str, Any], world_size: int) -> None:
     assert document["weight_bytes_per_token"] == values + 4 * rows  # int8 and a fp32 scale a row
     assert document["cache_resident"] and document["mbu"] is None
     assert document["read_ceiling_gb_s"] == max(document["read_ceilings_gb_s"])
-    assert len(document["read_ceilings_gb_s"]) == 3, "before the case and after each of two runs"
+    readings = document["read_ceilings_gb_s"]
+    beside = [max(readings[:2]), max(readings[2:4])]
+    assert [turn["read_ceiling_gb_s"] for turn in document["turns"]] == beside
+    assert len(document["read_ceilings_gb_s"]) == 5, "before the case, and after each run and its prompt"
     for row in document["contexts"]:
         cache = 2 * 2 * 16 * 4 * (row["context"] - 1)  # keys and values of two heads of 16, in fp32
         read = [
