@@ -161,8 +161,6 @@ def _ranks(found: Documents) -> Iterator[Figure]:
         yield Figure(
             f"{quant}: 2 ranks x 1 thread over 1 x 1", speed[1] / speed[2], least, False, ceilings[2]
         )
-        shares = [statistics.median(map(mbu_by_turn, runs)) for runs in (one, two)]
-        yield Figure(f"{quant}: over 1 x 2, shares of the ceilings by turn", shares[1] / shares[0], 0.98)
 
 
 def _over_llama_cpp(document: dict[str, Any], targets: dict[str, float]) -> Iterator[Figure]:
