@@ -2,7 +2,7 @@
 positions and writing the cache.
 
 Decoding a row reads its whole cache once, so few rows have to be spread over the GPU: each row and
-key-value head is divided among programs that take runs of blocks, and the last one to finish puts the
+key-value head is divided among programs that take runs of positions, and the last one to finish puts the
 partial softmaxes together (in the order of the runs, so the result does not depend on who was last).
 Context lengths are read from device memory: a captured step serves every length.
 
