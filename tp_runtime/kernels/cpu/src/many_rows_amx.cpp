@@ -15,10 +15,10 @@ constexpr int kTileElements = kBlockRows * kSliceCols;  // of a bf16 tile: 16 ro
 
 // ---- weight slices -> bf16 tiles [pair of columns][row][2] ------------------------------------------
 
-// Four columns of 16 rows, one byte each, as floats less the zero point. 2^23 + byte is exact in fp32.
-inline void quad_values(Bytes quad, int zero_point, Floats* values) {
+// Four columns of 16 rows, one byte each, as floats less 128. 2^23 + byte is exact in fp32.
+inline void quad_values(Bytes quad, Floats* values) {
   const __m512i byte = _mm512_set1_epi32(0xff), magic = _mm512_set1_epi32(0x4b000000);
-  const Floats offset = spread(8388608.0f + static_cast<float>(zero_point));
+  const Floats offset = spread(8388608.0f + 128.0f);
   for (int i = 0; i < 4; ++i) {
     const __m512i shifted = i == 0 ? quad : _mm512_srli_epi32(quad, 8 * i);
     const __m512i bits = _mm512_ternarylogic_epi32(shifted, byte, magic, 0xea);  // (a & b) | c
@@ -31,40 +31,64 @@ inline __m512i exact_pairs(Floats first, Floats second) {
   return _mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(first), 16), _mm512_castps_si512(second));
 }
 
+// Two columns as bf16 pairs, rounded to nearest even.
 inline __m512i rounded_pairs(Floats first, Floats second) {
-  const __m512i low = _mm512_set1_epi32(0xffff);
-  const __m512i a = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(first));
-  const __m512i b = _mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(second)), 16);
-  return _mm512_or_si512(_mm512_and_si512(a, low), b);
+  const __m512i in_turn = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                                           21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return _mm512_permutexvar_epi16(in_turn, (__m512i)_mm512_cvtne2ps_pbh(second, first));
 }
 
+// One slice of one block of bytes -> one tile.
 template <bool kScaled>
-inline void store_quad(Bytes quad, int zero_point, Floats scale, Floats offset, uint16_t* tile) {
-  Floats values[4];
-  quad_values(quad, zero_point, values);
-  for (int i = 0; i < 4; i += 2) {
-    __m512i pairs;
-    if constexpr (kScaled) {
-      pairs = rounded_pairs(fma(values[i], scale, offset), fma(values[i + 1], scale, offset));
-    } else {
-      pairs = exact_pairs(values[i], values[i + 1]);
+inline void unpack_bytes(const uint8_t* w, Floats scale, uint16_t* tile) {
+  for (int quad = 0; quad < 8; ++quad, tile += 4 * kBlockRows) {
+    Floats values[4];
+    quad_values(load_bytes(w + quad * 64), values);
+    for (int i = 0; i < 4; i += 2) {
+      const __m512i pairs = kScaled ? rounded_pairs(mul(values[i], scale), mul(values[i + 1], scale))
+                                    : exact_pairs(values[i], values[i + 1]);
+      _mm512_store_si512(tile + i * kBlockRows, pairs);
     }
-    _mm512_store_si512(tile + i * kBlockRows, pairs);
   }
 }
 
-// One slice of one block -> one tile.
-template <int kBits, bool kScaled>
-inline void unpack_slice(const uint8_t* w, int zero_point, Floats scale, Floats offset, uint16_t* tile) {
-  for (int quad = 0; quad < 8; ++quad, tile += 4 * kBlockRows) {
-    Bytes bytes;
-    if constexpr (kBits == 8) {
-      bytes = load_bytes(w + quad * 64);
-    } else {
-      bytes = load_bytes(w + quad / 2 * 64);
-      bytes = quad % 2 ? high_nibbles(bytes) : low_nibbles(bytes);
-    }
-    store_quad<kScaled>(bytes, zero_point, scale, offset, tile);
+// A nibble of each lane that begins at bit kFrom, in the upper mantissa of 1: 1 + n / 16.
+template <int kFrom>
+inline Floats sixteenths(Bytes bytes) {
+  constexpr int kAt = 19;
+  const __m512i nibble = _mm512_set1_epi32(0xf << kAt), one = _mm512_set1_epi32(0x3f800000);
+  __m512i shifted;
+  if constexpr (kFrom <= kAt) {
+    shifted = _mm512_slli_epi32(bytes, kAt - kFrom);
+  } else {
+    shifted = _mm512_srli_epi32(bytes, kFrom - kAt);
+  }
+  return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(shifted, nibble, one, 0xea));  // (a & b) | c
+}
+
+// The nibbles that begin at bits kFrom, + 8, + 16 and + 24 of each lane: four columns. Exact until it rounds: a scale
+// is fp16, so 24 of them is an fp32, and a nibble less its zero point, 8, times it too.
+template <int kFrom, bool kAsymmetric>
+inline void unpack_nibbles(Bytes bytes, Floats scale16, Floats offset, uint16_t* tile) {
+  Floats values[4] = {sixteenths<kFrom>(bytes), sixteenths<kFrom + 8>(bytes), sixteenths<kFrom + 16>(bytes),
+                      sixteenths<kFrom + 24>(bytes)};
+  for (Floats& value : values) {
+    if constexpr (kAsymmetric) value = _mm512_sub_ps(value, spread(1.0f));
+    value = fma(value, scale16, offset);
+  }
+  _mm512_store_si512(tile, rounded_pairs(values[0], values[1]));
+  _mm512_store_si512(tile + 2 * kBlockRows, rounded_pairs(values[2], values[3]));
+}
+
+// One slice of one block of nibbles -> one tile. scales: of its group's rows, then their offsets where kAsymmetric.
+template <bool kAsymmetric>
+inline void unpack_nibbles(const uint8_t* w, const uint8_t* scales, uint16_t* tile) {
+  const Floats scale = load_half(scales), scale16 = mul(scale, spread(16.0f));
+  const Floats offset = kAsymmetric ? load_half(scales + 32) : mul(scale, spread(-24.0f));
+  for (int quad = 0; quad < 8; quad += 2, w += 64, tile += 8 * kBlockRows) {
+    const Bytes bytes = load_bytes(w);
+    unpack_nibbles<0, kAsymmetric>(bytes, scale16, offset, tile);
+    unpack_nibbles<4, kAsymmetric>(bytes, scale16, offset, tile + 4 * kBlockRows);
   }
 }
 
@@ -73,23 +97,23 @@ void unpack_block(const WeightShape& shape, const uint8_t* block, int64_t first,
   const size_t slice_bytes = shape.slice_bytes();
   if (!shape.grouped()) {
     for (int64_t slice = first; slice < last; ++slice, tiles += kTileElements) {
-      unpack_slice<8, false>(block + slice * slice_bytes, 128, zeros(), zeros(), tiles);
+      unpack_bytes<false>(block + slice * slice_bytes, zeros(), tiles);
     }
     return;
   }
   const int64_t per_group = shape.slices_per_group(), skipped = shape.skipped_slices();
-  const int zero_point = shape.bits == 8 ? 128 : (shape.asymmetric ? 0 : 8);
   for (int64_t slice = first; slice < last; ++slice, tiles += kTileElements) {
     const int64_t group = (slice + skipped) / per_group;
     const uint8_t* w = block + slice * slice_bytes + group * shape.scale_bytes();
     int64_t group_end = (group + 1) * per_group - skipped;
     group_end = group_end < shape.slices() ? group_end : shape.slices();
     const uint8_t* scales = block + group_end * slice_bytes + group * shape.scale_bytes();
-    const Floats scale = load_half(scales), offset = shape.asymmetric ? load_half(scales + 32) : zeros();
     if (shape.bits == 8) {
-      unpack_slice<8, true>(w, zero_point, scale, offset, tiles);
+      unpack_bytes<true>(w, load_half(scales), tiles);
+    } else if (shape.asymmetric) {
+      unpack_nibbles<true>(w, scales, tiles);
     } else {
-      unpack_slice<4, true>(w, zero_point, scale, offset, tiles);
+      unpack_nibbles<false>(w, scales, tiles);
     }
   }
 }
