@@ -90,7 +90,7 @@ def ceiling_bytes() -> int:
 
 
 def mbu_by_turn(document: Mapping[str, Any]) -> float:
-    """The median of a decode document's turns; of a model in the caches too, for comparisons with itself."""
+    """The median of the turns of a decode document that claims an mbu."""
     token_bytes, batch = document["weight_bytes_per_token"], document["batch"]
     turns = document["turns"]
     return statistics.median(

@@ -69,7 +69,7 @@ inline Floats sixteenths(Bytes bytes) {
 // The nibbles that begin at bits kFrom, + 8, + 16 and + 24 of each lane: four columns. Exact until it rounds: a scale
 // is fp16, so 24 of them is an fp32, and a nibble less its zero point, 8, times it too.
 template <int kFrom, bool kAsymmetric>
-inline void unpack_nibbles(Bytes bytes, Floats scale16, Floats offset, uint16_t* tile) {
+inline void store_columns(Bytes bytes, Floats scale16, Floats offset, uint16_t* tile) {
   Floats values[4] = {sixteenths<kFrom>(bytes), sixteenths<kFrom + 8>(bytes), sixteenths<kFrom + 16>(bytes),
                       sixteenths<kFrom + 24>(bytes)};
   for (Floats& value : values) {
@@ -87,8 +87,8 @@ inline void unpack_nibbles(const uint8_t* w, const uint8_t* scales, uint16_t* ti
   const Floats offset = kAsymmetric ? load_half(scales + 32) : mul(scale, spread(-24.0f));
   for (int quad = 0; quad < 8; quad += 2, w += 64, tile += 8 * kBlockRows) {
     const Bytes bytes = load_bytes(w);
-    unpack_nibbles<0, kAsymmetric>(bytes, scale16, offset, tile);
-    unpack_nibbles<4, kAsymmetric>(bytes, scale16, offset, tile + 4 * kBlockRows);
+    store_columns<0, kAsymmetric>(bytes, scale16, offset, tile);
+    store_columns<4, kAsymmetric>(bytes, scale16, offset, tile + 4 * kBlockRows);
   }
 }
 
