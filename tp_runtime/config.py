@@ -69,7 +69,8 @@ class EngineConfig:
     that run at once. compile: run the step compiled; native_step: through the C++ kernels' own plan where
     every layer fits it, else through torch.compile. cache_dtype: the KV cache's numbers; int8 has a scale a
     token and head, CPUs only (auto: as computed). cache_bytes: bytes of this rank's KV cache (None:
-    max_batch rows of `context`, less where memory is short). prefill_chunk: most tokens of one step.
+    max_batch rows of `context`, less where memory is short). prefill_chunk: most tokens of one step (None:
+    512 on CPUs, 2048 on GPUs).
     threads: lowers a rank's share of threads, never raises it. collective_timeout_s: how long a rank may
     keep the others waiting once tokens flow (None: what tp-launch --collective-timeout said, else 60);
     load_timeout_s: while weights are read and code is compiled. collectives: "shm" (shared memory, or an
@@ -97,7 +98,7 @@ class EngineConfig:
     context: int | None = None
     max_batch: int = 8
     cache_bytes: int | None = None
-    prefill_chunk: int = 512
+    prefill_chunk: int | None = None
     threads: int | None = None
     collective_timeout_s: float | None = None
     collectives: str = "auto"

@@ -87,8 +87,9 @@ def add_engine_flags(parser: argparse.ArgumentParser, *, several_quants: bool = 
     run.add_argument("--cache-dtype", choices=CACHE_DTYPES, help=_CACHE_HELP)
     run.add_argument("--cache-bytes", type=int, metavar="BYTES", help="of one rank's KV cache")
     run.add_argument(
-        "--prefill-chunk", type=int, metavar="TOKENS", help="most tokens of one step (default: 512)"
-    )
+        "--prefill-chunk", type=int, metavar="TOKENS",
+        help="most tokens of one step (default: 512, on GPUs 2048)",
+    )  # fmt: skip
     run.add_argument("--threads", type=int, metavar="N", help="lowers a rank's threads, never raises them")
     run.add_argument("--kernels", choices=KERNELS, help="default: auto")
     run.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None, help="default: on")

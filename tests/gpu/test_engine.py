@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -57,14 +58,18 @@ def _compare(folder: str, quant: str, cache_dtype: str = "auto") -> dict[str, An
         layerwise = ModelRunner.execute(llm.runner, step).float().cpu()
         captured = llm.runner.execute(step).float().cpu()
         mixed = Step((Row(prompt, 0, (1, 2), 45), Row((44,), 0, (3,), 1), Row(prompt[::-1], 0, (4, 5), 40)))
+        many = (prompt * 5)[:200]
+        long = Step((Row(many, 0, tuple(range(1, 8)), 2), Row(many[::-1], 0, tuple(range(8, 15)), 1)))
         gaps, prompts = [], []
         # A size comes for the first time, is captured, and is replayed, also for other rows.
-        for few in (mixed, mixed, mixed, Step((Row(prompt * 2, 0, (6, 7, 8), 3),)), Step(mixed.rows[::-1])):
+        again = (Step((Row(prompt * 2, 0, (6, 7, 8), 3),)), Step(mixed.rows[::-1]), long, long, long)
+        for few in (mixed, mixed, mixed, *again):
             twin = ModelRunner.execute(llm.runner, few)
             prompts.append(llm.runner.execute(few).float().cpu())
             gaps.append((prompts[-1] - twin.float().cpu()).abs() / twin.float().std().cpu())
-        assert 128 in llm.runner._prompts._graphs, "the pass was not captured"
+        assert {128, 512} <= set(llm.runner._prompts._graphs), "a pass was not captured"
         assert torch.equal(prompts[0], prompts[1]) and torch.equal(prompts[0], prompts[2])
+        assert torch.equal(prompts[5], prompts[6]) and torch.equal(prompts[5], prompts[7])
         return {
             "together": together, "stepwise": stepwise, "drawn": drawn, "layerwise": layerwise,
             "captured": captured, "prompt": torch.cat(prompts), "prompt_gap": torch.cat(gaps),
@@ -119,3 +124,51 @@ def test_an_fp8_cache(world: int, tmp_path: Path, device: str) -> None:
     assert gap.max() < 0.25 and gap.mean() < 0.03
     assert 0 < price.mean() < 0.1
     assert first["together"] == first["stepwise"], "a burst chose other tokens than the host would"
+
+
+def _no_room_to_capture(folder: str) -> dict[str, Any]:
+    """A prompt three times, its capture failing for want of memory on the last rank alone; then a longer one."""
+    import torch.distributed as dist
+
+    from tp_runtime import LLM
+    from tp_runtime.engine.step import Row, Step
+    from tp_runtime.log import get_logger
+
+    torch.cuda.set_device(rank := dist.get_rank())
+    said: list[str] = []
+    get_logger().addHandler(handler := _Keep(said))
+    with LLM(folder, device="cuda", context=256, max_batch=1) as llm:
+        short = Step((Row(tuple(PROMPTS[1]), 0, (1, 2), 1),))
+        longer = Step((Row(tuple(PROMPTS[1] * 2), 0, (1, 2, 3), 1),))
+        logits = [llm.runner.execute(short).float().cpu()]
+        llm.runner.execute(longer)
+        if rank == dist.get_world_size() - 1:
+            torch.cuda.set_per_process_memory_fraction(1e-6)
+        logits += [llm.runner.execute(short).float().cpu() for _ in range(2)]
+        torch.cuda.set_per_process_memory_fraction(1.0)
+        llm.runner.execute(longer)
+        captured = sorted(llm.runner._prompts._graphs)
+    get_logger().removeHandler(handler)
+    return {"logits": logits, "captured": captured, "said": said}
+
+
+class _Keep(logging.Handler):
+    """The lines that were logged."""
+
+    def __init__(self, lines: list[str]) -> None:
+        super().__init__()
+        self._lines = lines
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._lines.append(record.getMessage())
+
+
+@pytest.mark.parametrize("world", GPUS)
+def test_no_memory_to_capture_a_prompt(world: int, tmp_path: Path, device: str) -> None:
+    save(tmp_path, "Llama")
+    found = run_ranks(world, _no_room_to_capture, str(tmp_path), timeout=150)
+    first = found[0]["logits"][0]
+    for each in found:
+        assert each["captured"] == [], "a rank has a graph that another lacks"
+        assert all(torch.equal(logits, first) for logits in each["logits"])
+    assert sum("no memory left to capture" in line for line in found[0]["said"]) == 1, found[0]["said"]

@@ -58,6 +58,7 @@ from .residual import keep_residual_in_fp32
 from .runner import ModelRunner
 from .source import ModelSource
 
+PREFILL_CHUNK = {"cpu": 512, "cuda": 2048}  # a GPU widens all weights to bf16 for each
 CUDA_WAIT_S = 60.0  # a reduction inside a captured step waits that long for a peer
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CACHE_TYPES = DTYPES | {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
@@ -141,7 +142,7 @@ def build_runner(source: ModelSource, config: EngineConfig, mesh: DeviceMesh, de
         group,
         head.parts,
         max_rows=max_rows,
-        max_tokens=max(config.prefill_chunk, max_rows),
+        max_tokens=max(config.prefill_chunk or PREFILL_CHUNK[device], max_rows),
         max_blocks=cache.shape.blocks_for(context),
         compile=compile and native is None,
         reference=reference,

@@ -3,8 +3,8 @@
 A pass is some 20 launches a layer, which take the host most of a millisecond; for few tokens a GPU needs
 less. So passes of up to MOST_CAPTURED tokens are padded to a power of two, and each size is captured when it
 comes for the second time: the first has loaded its kernels, which a capture cannot. Captured or not, they
-compute the same bits: their sums over ranks go through the push kernels. More tokens go layer by layer, with
-NCCL beside the next weight (cuda_prompt.py).
+compute the same bits: their sums over ranks go through the push kernels, some tokens at a time. More tokens
+go layer by layer, with NCCL beside the next weight (cuda_prompt.py).
 
 Legend: T tokens, H hidden size.
 """
@@ -26,7 +26,8 @@ from ..log import once
 from .cuda_prompt import PromptPass
 from .step import StepTensors
 
-MOST_CAPTURED = 256
+MOST_CAPTURED = 512
+_PUSHED = 256  # tokens of one sum: it takes memory for each of them, twice a rank
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class PromptGraphs:
     @staticmethod
     def words(hidden_size: int, max_tokens: int) -> int:
         """32-bit words of the largest sum."""
-        return min(MOST_CAPTURED, max_tokens) * hidden_size // 2
+        return min(_PUSHED, max_tokens) * hidden_size // 2
 
     @staticmethod
     def serves(num_tokens: int) -> bool:
@@ -98,8 +99,8 @@ class PromptGraphs:
 
         def start_sum(y_TH: Tensor) -> Callable[[], None]:
             nonlocal sums
-            if self._push.world_size > 1:
-                self._push.all_reduce(y_TH, y_TH, op=sums)
+            for part_TH in y_TH.split(_PUSHED) if self._push.world_size > 1 else ():
+                self._push.all_reduce(part_TH, part_TH, op=sums)
                 sums += 1
             return lambda: None
 
@@ -110,19 +111,21 @@ class PromptGraphs:
     def _capture(self, size: int, x_TH: Tensor, inputs: StepTensors) -> None:
         """The graph of passes of `size` tokens, if it fits every rank's memory."""
         once(f"capturing the pass of {size} tokens", logging.DEBUG)
-        x_TH, inputs = x_TH.clone(), _copied(inputs)
         graph, captured = torch.cuda.CUDAGraph(), None
         try:
+            x_TH, inputs = x_TH.clone(), _copied(inputs)
             # The watchdog of NCCL may ask for events meanwhile, in a thread of its own.
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 hidden_TH = self._pushing(x_TH, inputs)
             captured = _Captured(graph, x_TH, inputs, hidden_TH)
-        except torch.OutOfMemoryError:
-            once(
-                "prompts of few tokens go layer by layer, which is slower: no memory is left to capture them"
-            )
+        except torch.OutOfMemoryError as error:
+            once(f"capturing the pass of {size} tokens failed: {error}", logging.DEBUG)
         made = torch.tensor([int(captured is not None)], dtype=torch.int32)
         if not int(all_reduce(made, self._group, "min")) or captured is None:
             self._full = True
+            once(
+                f"prompts of up to {MOST_CAPTURED} tokens go layer by layer, which is slower: a GPU has no "
+                "memory left to capture them; a smaller --context leaves some"
+            )
             return
         self._graphs[size] = captured
