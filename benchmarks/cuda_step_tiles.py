@@ -3,8 +3,8 @@
 A linear alone, back to back with copies of itself (cuda_gemv.py), is not what the step runs: its neighbours
 are small kernels that overlap with its start and its end, and the fastest tile alone has lost in the step.
 Here one rank's share of a model, cut to some layers of random weights, decodes one token on one GPU (sums are
-of itself alone, and the kernels after them start as among ranks); for each linear in turn every tile is
-captured with all else as it is, and the fastest stays.
+of itself alone); for each linear in turn every tile is captured with all else as it is, and the fastest
+stays.
 
     python benchmarks/cuda_step_tiles.py [--cases llama-8b/1:none,llama-70b/2:int8] [--layers 12]
         [--linears gate_up,down] [--rows 1] [--json FILE]
@@ -124,12 +124,12 @@ def compile_some(
 
 
 class StepTimer:
-    """The captured step of one built model, with whatever tiles. early_sums: as DecodeStep's."""
+    """The captured step of one built model, with whatever tiles."""
 
-    def __init__(self, llm: Any, rows: int, early_sums: bool) -> None:
+    def __init__(self, llm: Any, rows: int) -> None:
         import torch
 
-        self.runner, self.rows, self.early_sums = llm.runner, rows, early_sums
+        self.runner, self.rows = llm.runner, rows
         self.weights = self.runner._decode.weights
         words = torch.zeros_like(self.runner._inputs.words)
         words[1], words[2] = _POSITION, self.runner.max_rows
@@ -161,7 +161,6 @@ class StepTimer:
             runner.model, weights, runner.cache, runner._push, runner._inputs,
             context=runner.max_blocks * runner.cache.shape.block_size, first_id=0, device="cuda",
         )  # fmt: skip
-        step.early_sums = self.early_sums
         runner._inputs.words.copy_(self.words)
         try:
             return graph_seconds(lambda: step.run(self.rows), _REPLAYS) * 1e3
@@ -184,7 +183,7 @@ def search(
     with tempfile.TemporaryDirectory() as name:
         write_config(c, Path(name))
         llm = LLM(name, random_weights=True, quant=kind, device="cuda", context=512, max_batch=1)
-    timer = StepTimer(llm, rows, early_sums=ranks == 1)
+    timer = StepTimer(llm, rows)
     best = timer.tiles()
     first = least = timer.ms(best)
     print(f"{model}/{ranks} {kind} x{rows}: {first:.4f} ms of {layers} layers and head", flush=True)

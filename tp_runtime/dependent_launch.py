@@ -6,22 +6,51 @@ that may write (Hopper and later; PTX griddepcontrol). Every kernel of a step wa
 before it have ended. Before it waits, a kernel may read what no kernel of the step writes: a linear asks the
 L2 for its first weights, and so memory works while a small kernel runs.
 
-Not too early: programs of the next kernel are put where there is room, and a linear's crowd onto the
-processors that have none of the kernel ahead (docs/log.md). Linears let the next one start after their loop.
+A processor's memory is divided between L1 and shared memory by what it runs, and stays so until it is idle:
+beside a small kernel, which by default leaves shared memory little, no program of a linear finds room. So
+all kernels of a step ask for as much shared memory as there is.
+
+Not too early either: programs of the next kernel are put where there is room, and a linear's crowd onto the
+processors that have none of attention (docs/log.md). Linears let the next one start after their loop.
 """
 
 from __future__ import annotations
 
+import ctypes
 from functools import cache
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from .log import once
+
+# Of the driver's interface (cuda.h): CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, in percent.
+_CARVEOUT_ATTRIBUTE = 9
+_ALL_SHARED = 100
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **settings: Any) -> None:
+    """Launch a step's kernel, which has a constant PDL. settings: other constants, and Triton's options."""
+    options = _options()
+    compiled = kernel[grid](*args, **settings, **options)
+    if options["PDL"]:
+        _ask_for_shared_memory(compiled.function)
+
 
 @cache
-def launch_options() -> dict[str, bool]:
+def _ask_for_shared_memory(function: int) -> None:
+    """For all launches of the driver's function after this one."""
+    driver = ctypes.CDLL("libcuda.so.1")
+    code = driver.cuFuncSetAttribute(ctypes.c_void_p(function), _CARVEOUT_ATTRIBUTE, _ALL_SHARED)
+    if code != 0:
+        once(f"a kernel keeps its division of L1 and shared memory (CUDA error {code}): steps may be slower")
+
+
+@cache
+def _options() -> dict[str, bool]:
     """Keyword arguments of a launch: the kernels' constant PDL, and the launch attribute."""
     if triton.knobs.runtime.interpret or torch.version.hip or torch.cuda.get_device_capability()[0] < 9:
         return {"PDL": False}

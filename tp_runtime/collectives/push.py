@@ -125,8 +125,7 @@ def reduce_norm_kernel(
     """residual (+)= sum over splits and ranks of part; x = residual * weight; sums of squares.
 
     part: fp32 [SPLITS, T, H]. residual: fp32 [T, H], FIRST: only written. x: bf16 [T, H]. sums: fp32
-    [T, programs]. EARLY: the next kernel may start at once: where this one has few programs
-    and waits for no peer.
+    [T, programs]. EARLY: the next kernel may start at once.
     """
     token, piece = tl.program_id(0), tl.program_id(1)
     column = piece * BC + tl.arange(0, BC)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 import triton
 from torch import Tensor
 
-from ..dependent_launch import launch_options
+from ..dependent_launch import launch
 from ..errors import CollectiveError
 from ..log import once
 from .push import all_reduce_kernel
@@ -69,7 +69,9 @@ class PushGroup:
         assert x.is_contiguous() and out.is_contiguous() and x.dtype == out.dtype, (x.dtype, out.dtype)
         words, sums = x.view(-1).view(torch.int32), out.view(-1).view(torch.int32)
         assert len(words) <= self.max_words, f"{len(words)} words are beyond {self.max_words}"
-        all_reduce_kernel[(triton.cdiv(len(words), _BLOCK),)](
+        launch(
+            all_reduce_kernel,
+            (triton.cdiv(len(words), _BLOCK),),
             words,
             sums,
             *self.arguments,
@@ -80,7 +82,6 @@ class PushGroup:
             BC=_BLOCK,
             num_warps=_BLOCK // 32,
             **self.constants,
-            **launch_options(),
         )
 
     def advance(self, ops: int) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ..collectives.push import advance_kernel, choose_kernel, reduce_norm_kernel
 from ..collectives.push_group import PushGroup
-from ..dependent_launch import launch_options
+from ..dependent_launch import launch
 from ..kernels.cuda import attention_ops, tokens
 from ..kernels.cuda.linear import Tile, choose_tile, launch_gemv
 from ..kernels.linear import PreparedWeight
@@ -36,6 +36,7 @@ from .residual import ResidualNorm
 
 MOST_TOKENS = 16
 RING_STEPS = 64  # steps whose tokens wait to be read
+_EARLY_TOKENS = 1  # whose sums let the next kernel start at once; of more, over ranks, not yet tried
 _NORM_COLUMNS = 256  # columns of one program of a sum: one word a thread, so that none waits twice
 
 
@@ -171,7 +172,6 @@ class DecodeStep:
     ) -> None:  # fmt: skip
         """first_id: the id of this rank's first logit. context: positions there may be."""
         self._first_id = first_id
-        self.early_sums = push.world_size == 1  # let the next kernel start: not while peers are waited for
         self.weights, self.cache, self.push, self.inputs = weights, cache, push, inputs
         self.scale = model.config.head_dim**-0.5
         self.hidden_size, self.head_dim = model.config.hidden_size, model.config.head_dim
@@ -242,13 +242,14 @@ class DecodeStep:
         self, part: Tensor, bias: Tensor | None, norm: Tensor, count: int, *, op: int, first: bool = False
     ) -> int:
         """The sum over splits and ranks into the residual, and its norm; the number of the next sum."""
-        reduce_norm_kernel[(count, self.sums_width)](
+        launch(
+            reduce_norm_kernel, (count, self.sums_width),
             part, norm if bias is None else bias, self._residual, norm, self._x, self._sums,
             *self.push.arguments, op, self.push.limit_ns, count,
             H=self.hidden_size, BC=self.columns, SPLITS=part.shape[0], FIRST=first, HAS_BIAS=bias is not None,
-            EARLY=count == 1 and self.early_sums,
+            EARLY=count <= _EARLY_TOKENS,
             num_warps=max(1, min(8, self.columns // 32)),
-            **self.push.constants, **launch_options(),
+            **self.push.constants,
         )  # fmt: skip
         return op + 1
 
@@ -284,13 +285,15 @@ class DecodeStep:
             each[: count * pieces].view(count, pieces) for each in (self._values, self._indices)
         )
         tokens.candidates(self.logits(count), values, indices, self._first_id)
-        choose_kernel[(count,)](
+        launch(
+            choose_kernel, (count,),
             values, indices, inputs.tokens, inputs.ring, inputs.step, inputs.ring.stride(0), pieces,
             *self.push.arguments, op, self.push.limit_ns,
             BC=triton.next_power_of_2(pieces), num_warps=1,
-            **self.push.constants, **launch_options(),
+            **self.push.constants,
         )  # fmt: skip
-        advance_kernel[(1,)](
+        launch(
+            advance_kernel, (1,),
             self.push.epoch, inputs.step, inputs.positions, inputs.active, op + 1, T=MOST_TOKENS,
-            num_warps=1, **launch_options(),
+            num_warps=1,
         )  # fmt: skip

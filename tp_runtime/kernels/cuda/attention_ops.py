@@ -11,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ...dependent_launch import launch_options
+from ...dependent_launch import launch
 from .attention import decode_kernel, prompt_kernel, rope_write_kernel
 
 HEAD_DIMS = (16, 32, 64, 128, 256)
@@ -144,7 +144,9 @@ def rope_write(
     heads, dim = q_THD.shape[1:]
     kv_heads, block = k_cache.shape[1], k_cache.shape[2]
     q_norm, k_norm, eps = norms if norms is not None else (cos, cos, 0.0)
-    rope_write_kernel[(tokens, heads + 2 * kv_heads)](
+    launch(
+        rope_write_kernel,
+        (tokens, heads + 2 * kv_heads),
         qkv_STN,
         cos if bias_N is None else bias_N,
         cos,
@@ -168,7 +170,6 @@ def rope_write(
         HAS_BIAS=bias_N is not None,
         HAS_NORM=norms is not None,
         num_warps=1,
-        **launch_options(),
     )
 
 
@@ -188,7 +189,9 @@ def decode_attention(
     """Each token's attention over its row's cache up to its own position; see decode_kernel."""
     tokens, heads, dim = q_THD.shape
     kv_heads, block = k_cache.shape[1], k_cache.shape[2]
-    decode_kernel[(tokens, kv_heads, scratch.splits)](
+    launch(
+        decode_kernel,
+        (tokens, kv_heads, scratch.splits),
         q_THD,
         k_cache,
         v_cache,
@@ -211,5 +214,4 @@ def decode_attention(
         BLOCK=block,
         STAGES=_STAGES,
         num_warps=8,
-        **launch_options(),
     )

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from ...dependent_launch import launch_options
+from ...dependent_launch import launch
 from .dequant import dequantize_kernel
 from .gemv import BF16, FP8, INT4, INT8, gemv_kernel
 
@@ -175,7 +175,9 @@ def launch_gemv(
     step = 2 * group_size if kind == INT4.value else tile.bk
     dummy = x
     outputs = tile.bn // 2 if gated else tile.bn
-    gemv_kernel[(triton.cdiv(n, outputs), tile.splits)](
+    launch(
+        gemv_kernel,
+        (triton.cdiv(n, outputs), tile.splits),
         x,
         w.view(torch.uint8) if kind == FP8.value else w,
         dummy if scale is None else scale,
@@ -201,7 +203,6 @@ def launch_gemv(
         ASM=not _INTERPRETED,
         AHEAD=_LINES_AHEAD,
         num_warps=tile.warps,
-        **launch_options(),
     )
 
 

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...dependent_launch import launch_options, start_next, wait_for_previous
+from ...dependent_launch import launch, start_next, wait_for_previous
 
 CANDIDATE_LOGITS = 2048  # logits of one candidate
 
@@ -56,7 +56,9 @@ def embed(
     table: bf16, fp32, int8 or float8 [stop - start, H]. scale: fp32 a row, or None. out: fp32 [T, H].
     """
     tokens, size = out_TH.shape
-    _embed_kernel[(tokens, triton.cdiv(size, 1024))](
+    launch(
+        _embed_kernel,
+        (tokens, triton.cdiv(size, 1024)),
         token_T,
         table,
         out_TH if scale is None else scale,
@@ -67,7 +69,6 @@ def embed(
         size,
         HAS_SCALE=scale is not None,
         BC=1024,
-        **launch_options(),
     )
 
 
@@ -82,9 +83,10 @@ def candidates(logits_TV: Tensor, value_TC: Tensor, index_TC: Tensor, first: int
     logits: fp32. first: the id of the first logit. value fp32, index int32: [T, num_candidates(V)].
     """
     tokens, vocab = logits_TV.shape
-    _candidates_kernel[(tokens, num_candidates(vocab))](
-        logits_TV, value_TC, index_TC, vocab, first, BC=CANDIDATE_LOGITS, **launch_options()
-    )
+    grid = (tokens, num_candidates(vocab))
+    launch(
+        _candidates_kernel, grid, logits_TV, value_TC, index_TC, vocab, first, BC=CANDIDATE_LOGITS
+    )  # fmt: skip
 
 
 def as_table(weight: Tensor) -> bool:
