@@ -10,8 +10,11 @@ A processor's memory is divided between L1 and shared memory by what it runs, an
 beside a small kernel, which by default leaves shared memory little, no program of a linear finds room. So
 all kernels of a step ask for as much shared memory as there is.
 
-Not too early either: programs of the next kernel are put where there is room, and a linear's crowd onto the
-processors that have none of attention (docs/log.md). Linears let the next one start after their loop.
+A start itself takes half a microsecond to one. So a linear before a small kernel (rotation, a sum) lets that
+one start at once: its few programs wait beside the linear's. Not so before a linear: its programs are put
+where there is room, which is uneven while others run (docs/log.md), so a sum lets the next linear start when
+its own wait is over, and gate and up after their loop. That also keeps all kernels of a step behind the end
+of the step before.
 """
 
 from __future__ import annotations

@@ -45,23 +45,31 @@ def report(name: str, found: Tensor, wanted: Tensor) -> float:
 def test_decode(heads: int, kv_heads: int, dim: int, window: int, dtype: torch.dtype, device: str) -> None:
     from tp_runtime.kernels.cuda import attention_ops as ops
 
-    lengths = [1, 31, 200, 777]
+    lengths = [1, 31, 129, 200, 777]  # of 129 the newest has a tile of its own
     keys, values, table = make_cache(lengths, kv_heads, dim, dtype)
     q = torch.randn(len(lengths), heads, dim).bfloat16()
     positions, rows = torch.tensor(lengths).int() - 1, torch.arange(len(lengths)).int()
-    out = torch.full_like(q, torch.nan).to(device)
-    arguments = [each.to(device) for each in (q, keys, values, positions, rows, table)]
-    sizes = (len(lengths), heads, arguments[1], max(lengths))
-    some, all_alone = (ops.DecodeScratch.make(*sizes, most_splits=most) for most in (4, 32))
+    starts, contexts = torch.arange(len(lengths) + 1).int(), torch.tensor(lengths).int()
+    wanted = reference.attend_paged(
+        q.float(), keys, values, table, starts, contexts, dim**-0.5, window, None, None
+    )
+    q, keys, values, positions, rows, table = (
+        each.to(device) for each in (q, keys, values, positions, rows, table)
+    )
+    some, all_alone = (ops.DecodeScratch.make(5, heads, keys, max(lengths), most_splits=n) for n in (2, 32))
     for scratch in (some, some, all_alone):  # runs of several tiles, of one; the counters are as they were
-        ops.decode_attention(*arguments, scratch, out, scale=dim**-0.5, window=window)
-        starts = torch.arange(len(lengths) + 1).int()
-        wanted = reference.attend_paged(
-            q.float(), keys, values, table, starts, torch.tensor(lengths).int(), dim**-0.5, window, None, None
-        )
-        # The softmax's weights are rounded to bf16 before they multiply values of unit size.
-        assert report(f"decode {heads}/{kv_heads} window {window}", out, wanted) < 4e-2
-        assert not scratch.count.any()
+        for step in (
+            slice(None),
+            *(slice(i, i + 1) for i in range(len(lengths))),
+        ):  # together, and each alone
+            out = torch.full_like(q[step], torch.nan)
+            ops.decode_attention(
+                q[step], keys, values, positions[step], rows[step], table, scratch, out,
+                scale=dim**-0.5, window=window,
+            )  # fmt: skip
+            # The softmax's weights are rounded to bf16 before they multiply values of unit size.
+            assert report(f"decode {heads}/{kv_heads} window {window}", out, wanted[step]) < 4e-2
+            assert not scratch.count.any()
 
 
 @pytest.mark.parametrize("dtype", CACHES)

@@ -120,12 +120,12 @@ def reduce_norm_kernel(
     part_ptr, bias_ptr, residual_ptr, weight_ptr, x_ptr, sums_ptr, buffers_ptr, epoch_ptr, status_ptr, op,
     limit_ns, T,
     H: tl.constexpr, BC: tl.constexpr, SPLITS: tl.constexpr, FIRST: tl.constexpr, HAS_BIAS: tl.constexpr,
-    EARLY: tl.constexpr, RANK: tl.constexpr, WORLD: tl.constexpr, WORDS: tl.constexpr, PDL: tl.constexpr,
+    RANK: tl.constexpr, WORLD: tl.constexpr, WORDS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """residual (+)= sum over splits and ranks of part; x = residual * weight; sums of squares.
 
     part: fp32 [SPLITS, T, H]. residual: fp32 [T, H], FIRST: only written. x: bf16 [T, H]. sums: fp32
-    [T, programs]. EARLY: the next kernel may start at once.
+    [T, programs].
     """
     token, piece = tl.program_id(0), tl.program_id(1)
     column = piece * BC + tl.arange(0, BC)
@@ -133,9 +133,8 @@ def reduce_norm_kernel(
     place = token * H + column
     weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
     if PDL:
-        if EARLY:
-            start_next()
         wait_for_previous()
+        start_next()  # not before: a linear would start while the one ahead of this sum runs
     value = tl.zeros([BC], tl.float32)
     for split in tl.static_range(SPLITS):
         value += tl.load(part_ptr + (split * T + token) * H + column, mask=inside, other=0.0)
@@ -148,8 +147,6 @@ def reduce_norm_kernel(
     if WORLD > 1:
         value = _sum_fp32(value, buffers_ptr, epoch_ptr, status_ptr, op, limit_ns, at, RANK, WORLD, WORDS)
     value += rest
-    if PDL and not EARLY:
-        start_next()
     tl.store(residual_ptr + place, value, mask=inside)
     tl.store(x_ptr + place, (value * weight).to(x_ptr.dtype.element_ty), mask=inside)
     squares = tl.where(inside, value * value, 0.0)

@@ -36,7 +36,6 @@ from .residual import ResidualNorm
 
 MOST_TOKENS = 16
 RING_STEPS = 64  # steps whose tokens wait to be read
-_EARLY_TOKENS = 1  # whose sums let the next kernel start at once; of more, over ranks, not yet tried
 _NORM_COLUMNS = 256  # columns of one program of a sum: one word a thread, so that none waits twice
 
 
@@ -228,7 +227,7 @@ class DecodeStep:
         sums = self._sums[: x.shape[0] * self.sums_width].view(x.shape[0], self.sums_width) if norm else None
         launch_gemv(
             x, weight, scale, offset, sums, y, group_size=linear.weight.group_size, gated=gated,
-            eps=self.weights.eps, tile=linear.tile,
+            eps=self.weights.eps, tile=linear.tile, early=not gated,
         )  # fmt: skip
 
     def _into_residual(self, linear: Linear, x: Tensor, norm: Tensor, count: int, *, op: int) -> int:
@@ -247,7 +246,6 @@ class DecodeStep:
             part, norm if bias is None else bias, self._residual, norm, self._x, self._sums,
             *self.push.arguments, op, self.push.limit_ns, count,
             H=self.hidden_size, BC=self.columns, SPLITS=part.shape[0], FIRST=first, HAS_BIAS=bias is not None,
-            EARLY=count <= _EARLY_TOKENS,
             num_warps=max(1, min(8, self.columns // 32)),
             **self.push.constants,
         )  # fmt: skip

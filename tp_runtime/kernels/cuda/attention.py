@@ -117,67 +117,21 @@ def _cache_rows(at, table_ptr, kv_head, seen, K: tl.constexpr, D: tl.constexpr, 
 
 
 @triton.jit
-def decode_kernel(
-    q_ptr, k_cache_ptr, v_cache_ptr, position_ptr, row_ptr, table_ptr, partial_ptr, stats_ptr, count_ptr,
-    out_ptr, table_stride, scale, window,
-    H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr,
-    BS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """One run of tiles of BS positions of one token's key-value head, for all query heads that share it.
+def _newest_joined(q, k, v, old, new_k, new_v, here, scale):
+    """The softmax over a tile of old keys and values and, where it is `here`, the newest: m, total, acc."""
+    new_score = tl.sum(q.to(tl.float32) * new_k[None, :], axis=1) * scale
+    new_score = tl.where(here, new_score, float("-inf"))
+    scores = tl.where(old[None, :], tl.dot(q, k) * scale, float("-inf"))
+    m = tl.maximum(tl.max(scores, axis=1), new_score)
+    p, new_p = tl.exp2(scores - m[:, None]), tl.exp2(new_score - m)
+    acc = tl.dot(p.to(v.dtype), v) + new_p[:, None] * new_v[None, :]
+    return m, tl.sum(p, axis=1) + new_p, acc
 
-    ROWS: those heads padded to 16 or more. SPLITS: most runs, a power of two. partial: fp32 [T, K, SPLITS,
-    ROWS, D], stats: fp32 [T, K, SPLITS, 2, ROWS], count: int32 [T, K], zero before and after.
-    """
-    token, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    GROUP: tl.constexpr = H // K
-    context = tl.load(position_ptr + token) + 1  # which no kernel of the step writes before its last
-    table_ptr += tl.load(row_ptr + token) * table_stride
-    if PDL:
-        wait_for_previous()
-    lowest = tl.maximum(context - window, 0) if window > 0 else 0
-    first_tile = lowest // BS
-    tiles = tl.cdiv(context, BS) - first_tile
-    run = tl.cdiv(tiles, SPLITS)
-    active = tl.cdiv(tiles, run)
-    if split >= active:
-        return
-    g, d, s = tl.arange(0, ROWS), tl.arange(0, D), tl.arange(0, BS)
-    q = tl.load(
-        q_ptr + (token * H + kv_head * GROUP + g[:, None]) * D + d[None, :],
-        mask=g[:, None] < GROUP,
-        other=0.0,
-    )
-    m = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, D], tl.float32)
-    start = first_tile + split * run
-    for tile in tl.range(start, tl.minimum(start + run, first_tile + tiles), num_stages=STAGES):
-        at = tile * BS + s
-        seen = (at < context) & (at >= lowest)  # other slots may never have been written, and hold NaN
-        base = _cache_rows(at, table_ptr, kv_head, seen, K, D, BLOCK)
-        k = tl.load(k_cache_ptr + base[None, :] + d[:, None], mask=seen[None, :], other=0.0)
-        v = tl.load(v_cache_ptr + base[:, None] + d[None, :], mask=seen[:, None], other=0.0)
-        m, total, acc = _softmax_step(
-            q, k.to(q.dtype), v.to(q.dtype), m, total, acc, seen[None, :], scale * _LOG2E
-        )
-    if PDL:
-        # Not earlier: a linear's programs would crowd onto the processors that are done here first.
-        start_next()
-    out = out_ptr + (token * H + kv_head * GROUP + g[:, None]) * D + d[None, :]
-    if active == 1:
-        tl.store(out, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=g[:, None] < GROUP)
-        return
-    pair = token * K + kv_head
-    slot = pair * SPLITS + split
-    tl.store(partial_ptr + (slot * ROWS + g[:, None]) * D + d[None, :], acc, mask=g[:, None] < GROUP)
-    tl.store(stats_ptr + slot * 2 * ROWS + g, m)
-    tl.store(stats_ptr + (slot * 2 + 1) * ROWS + g, total)
-    tl.debug_barrier()  # every thread's stores come before the one that counts this program in
-    arrived = tl.atomic_add(count_ptr + pair, 1, sem="acq_rel")
-    if arrived != active - 1:
-        return
-    tl.debug_barrier()
-    tl.store(count_ptr + pair, 0)
+
+@triton.jit
+def _all_runs(partial_ptr, stats_ptr, pair, active, g, d, GROUP, ROWS: tl.constexpr, SPLITS: tl.constexpr):
+    """What the active runs of a pair left, put together in their order: total and acc."""
+    D: tl.constexpr = d.shape[0]
     runs = tl.arange(0, SPLITS)
     its_stats = stats_ptr + (pair * SPLITS + runs[:, None]) * 2 * ROWS + g[None, :]
     done = runs[:, None] < active
@@ -195,6 +149,90 @@ def decode_kernel(
             mask=g[:, None] < GROUP, other=0.0, cache_modifier=".cg",
         )  # fmt: skip
         acc += its * tl.exp2(its_m - m)[:, None]
+    return total, acc
+
+
+@triton.jit
+def decode_kernel(
+    q_ptr, k_cache_ptr, v_cache_ptr, position_ptr, row_ptr, table_ptr, partial_ptr, stats_ptr, count_ptr,
+    out_ptr, table_stride, scale, window,
+    H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr,
+    BS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, ALONE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One run of tiles of BS positions of one token's key-value head, for all query heads that share it.
+
+    ROWS: those heads padded to 16 or more. SPLITS: most runs, a power of two. partial: fp32 [T, K, SPLITS,
+    ROWS, D], stats: fp32 [T, K, SPLITS, 2, ROWS], count: int32 [T, K], zero before and after. ALONE: the step
+    has one token, so that all but its own position was written by steps before, and is loaded while the
+    projection still runs.
+    """
+    token, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    GROUP: tl.constexpr = H // K
+    # Positions, rows and tables, which no kernel of the step writes before its last.
+    context = tl.load(position_ptr + token) + 1
+    table_ptr += tl.load(row_ptr + token) * table_stride
+    lowest = tl.maximum(context - window, 0) if window > 0 else 0
+    first_tile = lowest // BS
+    tiles = tl.cdiv(context, BS) - first_tile
+    run = tl.cdiv(tiles, SPLITS)
+    active = tl.cdiv(tiles, run)
+    if split >= active:
+        return
+    g, d, s = tl.arange(0, ROWS), tl.arange(0, D), tl.arange(0, BS)
+    start = first_tile + split * run
+    if ALONE:
+        at = start * BS + s
+        old = (at < context - 1) & (at >= lowest)
+        base = _cache_rows(at, table_ptr, kv_head, old, K, D, BLOCK)
+        old_k = tl.load(k_cache_ptr + base[None, :] + d[:, None], mask=old[None, :], other=0.0)
+        old_v = tl.load(v_cache_ptr + base[:, None] + d[None, :], mask=old[:, None], other=0.0)
+        old_k, old_v = old_k.to(q_ptr.dtype.element_ty), old_v.to(q_ptr.dtype.element_ty)
+        newest = _cache_rows(context - 1, table_ptr, kv_head, True, K, D, BLOCK) + d
+    if PDL:
+        wait_for_previous()
+        if ALONE:
+            start_next()
+    if ALONE:
+        new_k = tl.load(k_cache_ptr + newest).to(tl.float32)
+        new_v = tl.load(v_cache_ptr + newest).to(tl.float32)
+    its_q = q_ptr + (token * H + kv_head * GROUP + g[:, None]) * D + d[None, :]
+    q = tl.load(its_q, mask=g[:, None] < GROUP, other=0.0)
+    scale *= _LOG2E
+    end = tl.minimum(start + run, first_tile + tiles)
+    if ALONE:
+        here = (context - 1) // BS == start
+        m, total, acc = _newest_joined(q, old_k, old_v, old, new_k, new_v, here, scale)
+        start += 1
+    else:
+        m = tl.full([ROWS], float("-inf"), tl.float32)
+        total = tl.zeros([ROWS], tl.float32)
+        acc = tl.zeros([ROWS, D], tl.float32)
+    for tile in tl.range(start, end, num_stages=STAGES):
+        at = tile * BS + s
+        seen = (at < context) & (at >= lowest)  # other slots may never have been written, and hold NaN
+        base = _cache_rows(at, table_ptr, kv_head, seen, K, D, BLOCK)
+        k = tl.load(k_cache_ptr + base[None, :] + d[:, None], mask=seen[None, :], other=0.0)
+        v = tl.load(v_cache_ptr + base[:, None] + d[None, :], mask=seen[:, None], other=0.0)
+        m, total, acc = _softmax_step(q, k.to(q.dtype), v.to(q.dtype), m, total, acc, seen[None, :], scale)
+    if PDL and not ALONE:
+        # Not earlier: a linear's programs would crowd onto the processors that are done here first.
+        start_next()
+    out = out_ptr + (token * H + kv_head * GROUP + g[:, None]) * D + d[None, :]
+    if active == 1:
+        tl.store(out, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=g[:, None] < GROUP)
+        return
+    pair = token * K + kv_head
+    slot = pair * SPLITS + split
+    tl.store(partial_ptr + (slot * ROWS + g[:, None]) * D + d[None, :], acc, mask=g[:, None] < GROUP)
+    tl.store(stats_ptr + slot * 2 * ROWS + g, m)
+    tl.store(stats_ptr + (slot * 2 + 1) * ROWS + g, total)
+    tl.debug_barrier()  # every thread's stores come before the one that counts this program in
+    arrived = tl.atomic_add(count_ptr + pair, 1, sem="acq_rel")
+    if arrived != active - 1:
+        return
+    tl.debug_barrier()
+    tl.store(count_ptr + pair, 0)
+    total, acc = _all_runs(partial_ptr, stats_ptr, pair, active, g, d, GROUP, ROWS, SPLITS)
     tl.store(out, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=g[:, None] < GROUP)
 
 

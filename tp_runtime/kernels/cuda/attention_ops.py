@@ -17,7 +17,7 @@ from .attention import decode_kernel, prompt_kernel, rope_write_kernel
 HEAD_DIMS = (16, 32, 64, 128, 256)
 _TYPES = (torch.bfloat16, torch.float16)
 _TILE = 128  # positions read at once: half as many take up to 1 us a layer more at 250, 3 at 8,000
-_STAGES = 2  # tiles of keys and values on their way
+_TILE_ALONE = 256  # of a step's only token: what saves it up to 256 positions a second run, and their joining
 _MOST_SPLITS = 32
 
 
@@ -79,17 +79,22 @@ def _(
 
 
 @dataclass(frozen=True)
-class DecodeScratch:
-    """What decode attention keeps between programs: see decode_kernel. For at most `tokens` tokens.
+class Runs:
+    """How a context is divided: tiles of so many positions, runs (a power of two) that share its tiles."""
 
-    tile: positions a program reads at once. splits: programs that share a context.
-    """
+    tile: int
+    splits: int
+
+
+@dataclass(frozen=True)
+class DecodeScratch:
+    """What decode attention keeps between programs: see decode_kernel. For at most `tokens` tokens."""
 
     partial: Tensor
     stats: Tensor
     count: Tensor
-    tile: int
-    splits: int
+    runs: Runs
+    runs_alone: Runs
 
     @classmethod
     def make(
@@ -97,26 +102,44 @@ class DecodeScratch:
     ) -> DecodeScratch:
         """For a cache of keys [blocks, K, block size, D] of contexts up to `context`."""
         kv_heads, dim, device = cache.shape[1], cache.shape[3], cache.device
-        tile = _tile(cache)
-        splits = min(most_splits, triton.next_power_of_2(triton.cdiv(context, tile)))
+
+        def runs_of(tile: int) -> Runs:
+            tile = _fitting(tile, cache)
+            return Runs(tile, min(most_splits, triton.next_power_of_2(triton.cdiv(context, tile))))
+
+        runs, alone = runs_of(_TILE), runs_of(_TILE_ALONE)
+        # A large tile fills a processor: where they do not all run at once, smaller ones are faster.
+        if kv_heads * triton.cdiv(context, alone.tile) > _processors(cache):
+            alone = runs
         rows = padded_group(heads, kv_heads)
-        slots = tokens * kv_heads * splits
+        slots = tokens * kv_heads * runs.splits
         return cls(
             torch.empty(slots * rows * dim, dtype=torch.float32, device=device),
             torch.empty(slots * 2 * rows, dtype=torch.float32, device=device),
             torch.zeros(tokens * kv_heads, dtype=torch.int32, device=device),
-            tile,
-            splits,
+            runs,
+            alone,
         )
 
 
-def _tile(cache: Tensor) -> int:
-    """_TILE, or less where the GPU's shared memory does not hold the stages of it."""
-    tile = _TILE
+def _stages(tile: int) -> int:
+    """Tiles of keys and values on their way."""
+    return 2 if tile <= _TILE else 1
+
+
+def _processors(cache: Tensor) -> int:
+    if cache.device.type != "cuda":
+        return 1 << 30
+    return int(torch.cuda.get_device_properties(cache.device).multi_processor_count)
+
+
+def _fitting(tile: int, cache: Tensor) -> int:
+    """The tile, or less where the GPU's shared memory does not hold the stages of it."""
     if cache.device.type == "cuda":
         limit = torch.cuda.get_device_properties(cache.device).shared_memory_per_block_optin  # type: ignore[attr-defined]
-        position = 2 * _STAGES * cache.shape[3] * cache.dtype.itemsize
-        while tile > 16 and tile * position > limit * 3 // 4:  # the rest is for queries and weights
+        pair = 2 * cache.shape[3]  # of a key and a value, of 16 bits once they are widened
+        # A quarter is for queries and weights.
+        while tile > 16 and tile * pair * max(2, _stages(tile) * cache.itemsize) > limit * 3 // 4:
             tile //= 2
     return tile
 
@@ -189,9 +212,10 @@ def decode_attention(
     """Each token's attention over its row's cache up to its own position; see decode_kernel."""
     tokens, heads, dim = q_THD.shape
     kv_heads, block = k_cache.shape[1], k_cache.shape[2]
+    runs = scratch.runs_alone if tokens == 1 else scratch.runs
     launch(
         decode_kernel,
-        (tokens, kv_heads, scratch.splits),
+        (tokens, kv_heads, runs.splits),
         q_THD,
         k_cache,
         v_cache,
@@ -209,9 +233,10 @@ def decode_attention(
         K=kv_heads,
         D=dim,
         ROWS=padded_group(heads, kv_heads),
-        SPLITS=scratch.splits,
-        BS=scratch.tile,
+        SPLITS=runs.splits,
+        BS=runs.tile,
         BLOCK=block,
-        STAGES=_STAGES,
+        STAGES=_stages(runs.tile),
+        ALONE=tokens == 1,
         num_warps=8,
     )

@@ -196,13 +196,13 @@ def gemv_kernel(
     KIND: tl.constexpr, G: tl.constexpr, ASYMMETRIC: tl.constexpr, GATED: tl.constexpr,
     NUM_SUMS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
     STAGES: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, ASM: tl.constexpr,
-    AHEAD: tl.constexpr, PDL: tl.constexpr,
+    AHEAD: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One tile of BN rows of W over one split of K; see the module. GATED: half of them of the gate.
 
     x [R, K] bf16. N: outputs (of W's N rows, or where GATED of its gate half; the up half follows). y:
     [SPLITS, R, N], or with one split [R, N] in its own dtype. AHEAD: lines of 128 bytes, of each row, that
-    are asked for before the kernel waits for x.
+    are asked for before the kernel waits for x. EARLY: the next kernel may start at once.
     """
     OUTPUTS: tl.constexpr = BN // 2 if GATED else BN
     n = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
@@ -222,6 +222,8 @@ def gemv_kernel(
     w_ptrs = w_ptr + row[:, None].to(tl.int64) * w_stride + k[None, :]
     x_ptrs = x_ptr + r[None, :] * K + k[:, None]
     if PDL:
+        if EARLY:
+            start_next()
         if AHEAD > 0:
             offset = first * (G if KIND == INT4 else BK)
             line = tl.arange(0, AHEAD) * (128 // w_ptr.dtype.element_ty.primitive_bitwidth * 8)
@@ -250,7 +252,7 @@ def gemv_kernel(
     if GATED:
         gate, up = tl.split(tl.permute(tl.reshape(acc, [2, OUTPUTS, BR]), (1, 2, 0)))
         acc = gate / (1.0 + tl.exp(-gate)) * up
-    if PDL:
+    if PDL and not EARLY:
         start_next()
     y_ptrs = y_ptr + (split * R + r[None, :]) * N + n[:, None]
     tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=(r[None, :] < R) & (n[:, None] < N))

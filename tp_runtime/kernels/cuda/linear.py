@@ -23,6 +23,7 @@ from .gemv import BF16, FP8, INT4, INT8, gemv_kernel
 MOST_ROWS = 16
 _SLICE_VALUES = 128 << 20  # bf16 values made at a time; fewer leave cuBLAS too few tiles for all processors
 _LINES_AHEAD = 2  # of each row of a tile, asked for before a linear waits; four are slower than none
+_LINES_AHEAD_INT4 = 1
 _INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 
@@ -159,13 +160,14 @@ def launch_gemv(
     gated: bool,
     eps: float,
     tile: Tile,
+    early: bool = False,
 ) -> None:
     """y[s] = the part of rms(x) W^T that split s of K gives; see gemv.py.
 
     x: bf16 [R, K], R at most 16. w: bf16, float8_e4m3fn or int8 [n, K], or uint8 planes. scale: fp32 [n], or
     fp16 [groups, n] with group_size. sums: fp32 [R, P], sums of squares, or None where there is no norm.
     gated: w is gate rows over up rows, and y gets silu(gate) * up. y: [splits, R, N] fp32, or with one split
-    [R, N] in any floating type.
+    [R, N] in any floating type. early: the kernel launched next is a small one, and may start at once.
     """
     rows, k = x.shape
     n = w.shape[0] // (2 if gated else 1)
@@ -201,7 +203,8 @@ def launch_gemv(
         EVEN_N=n % outputs == 0,
         EVEN_K=k % step == 0,
         ASM=not _INTERPRETED,
-        AHEAD=_LINES_AHEAD,
+        AHEAD=_LINES_AHEAD_INT4 if kind == INT4.value else _LINES_AHEAD,
+        EARLY=early,
         num_warps=tile.warps,
     )
 
