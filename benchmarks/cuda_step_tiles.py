@@ -117,7 +117,8 @@ def compile_some(
                 jobs.setdefault(key, (form, n, k, tile, gated, sums))
     for form, n, k, tile, gated, sums in list(jobs.values())[part::parts]:
         try:
-            chain(form, make_weights(form, n, k, 1), rows, k, tile, gated=gated, num_sums=sums)()
+            weights = make_weights(form, n, k, 1)
+            chain(form, weights, rows, k, tile, gated=gated, num_sums=sums, early=not gated)()
             torch.cuda.synchronize()
         except Exception as error:  # noqa: BLE001  (a tile too large for shared memory is no answer)
             print(f"{form} [{n}, {k}] {tile}: {str(error)[:80]}", file=sys.stderr)
@@ -134,6 +135,8 @@ class StepTimer:
         words = torch.zeros_like(self.runner._inputs.words)
         words[1], words[2] = _POSITION, self.runner.max_rows
         self.words = words
+        table = self.runner._inputs.table[self.runner.max_rows]  # padding's: all one block, unlike a row's
+        table.copy_(torch.arange(len(table)) % len(self.runner.cache.keys[0]))
 
     def tiles(self) -> dict[str, Any]:
         """Those the runtime chose."""

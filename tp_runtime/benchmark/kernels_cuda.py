@@ -66,12 +66,12 @@ def group_size_of(quant: str) -> int:
 
 def chain(
     quant: str, weights: Sequence[tuple[torch.Tensor, ...]], rows: int, k: int, tile: Any, *, gated: bool,
-    num_sums: int,
+    num_sums: int, early: bool = False,
 ) -> Callable[[], None]:  # fmt: skip
     """A function that multiplies `rows` rows with each weight in turn, as the engine's step does.
 
     weights: of make_weights. tile: of kernels.cuda.linear. num_sums: of squares that a row's norm is made of
-    on the way; 0: it is not normalised.
+    on the way; 0: it is not normalised. early: as before a small kernel.
     """
     from ..kernels.cuda.linear import launch_gemv
 
@@ -86,7 +86,8 @@ def chain(
         for tensors in weights:
             scale = tensors[1] if len(tensors) > 1 else None
             launch_gemv(
-                x, tensors[0], scale, None, sums, y, group_size=group, gated=gated, eps=_EPS, tile=tile
+                x, tensors[0], scale, None, sums, y, group_size=group, gated=gated, eps=_EPS, tile=tile,
+                early=early,
             )  # fmt: skip
 
     return run
