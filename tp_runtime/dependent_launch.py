@@ -2,9 +2,10 @@
 
 A kernel of a decoding step takes 2 to 100 us, and a start and a drain cost about two of them. So one lets
 the next one start before it has ended itself, and waits for the end of the one ahead before it touches what
-that may write (Hopper and later; PTX griddepcontrol). Every kernel of a step waits, so when one goes on, all
-before it have ended. Before it waits, a kernel may read what no kernel of the step writes: a linear asks the
-L2 for its first weights, and so memory works while a small kernel runs.
+that may write (Hopper and later; PTX griddepcontrol). In every kernel of a step at least one program waits,
+so when one goes on, all before it have ended. Before it waits, a kernel may read what no kernel of the step
+writes: a linear asks the L2 for its first weights, attention loads keys and values of earlier steps, and so
+memory works while a small kernel runs.
 
 A processor's memory is divided between L1 and shared memory by what it runs, and stays so until it is idle:
 beside a small kernel, which by default leaves shared memory little, no program of a linear finds room. So
@@ -13,8 +14,8 @@ all kernels of a step ask for as much shared memory as there is.
 A start itself takes half a microsecond to one. So a linear before a small kernel (rotation, a sum) lets that
 one start at once: its few programs wait beside the linear's. Not so before a linear: its programs are put
 where there is room, which is uneven while others run (docs/log.md), so a sum lets the next linear start when
-its own wait is over, and gate and up after their loop. That also keeps all kernels of a step behind the end
-of the step before.
+its own wait is over, and gate and up after their loop. That also keeps a step's kernels, from the first qkv
+on, behind the end of the step before.
 """
 
 from __future__ import annotations

@@ -41,11 +41,11 @@ def report(name: str, found: Tensor, wanted: Tensor) -> float:
 
 @pytest.mark.parametrize("dtype", CACHES)
 @pytest.mark.parametrize("window", [0, 50])
-@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(8, 2, 64), (8, 1, 128), (3, 3, 32)])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(8, 2, 64), (8, 1, 128), (3, 3, 32), (40, 2, 16)])
 def test_decode(heads: int, kv_heads: int, dim: int, window: int, dtype: torch.dtype, device: str) -> None:
     from tp_runtime.kernels.cuda import attention_ops as ops
 
-    lengths = [1, 31, 129, 200, 777]  # of 129 the newest has a tile of its own
+    lengths = [1, 31, 129, 256, 257, 777]  # of 129 and 257 the newest has a tile of its own
     keys, values, table = make_cache(lengths, kv_heads, dim, dtype)
     q = torch.randn(len(lengths), heads, dim).bfloat16()
     positions, rows = torch.tensor(lengths).int() - 1, torch.arange(len(lengths)).int()
@@ -56,7 +56,9 @@ def test_decode(heads: int, kv_heads: int, dim: int, window: int, dtype: torch.d
     q, keys, values, positions, rows, table = (
         each.to(device) for each in (q, keys, values, positions, rows, table)
     )
-    some, all_alone = (ops.DecodeScratch.make(5, heads, keys, max(lengths), most_splits=n) for n in (2, 32))
+    some, all_alone = (
+        ops.DecodeScratch.make(len(lengths), heads, keys, max(lengths), most_splits=n) for n in (2, 32)
+    )
     for scratch in (some, some, all_alone):  # runs of several tiles, of one; the counters are as they were
         for step in (
             slice(None),
@@ -139,3 +141,46 @@ def test_rope_write(extras: bool, dtype: torch.dtype, device: str) -> None:
             )
     keys = keys.float()
     assert int(keys.isnan().sum()) == (keys[0].numel() * 4 - tokens * kv_heads * dim)
+
+
+@pytest.mark.parametrize("dtype", CACHES)
+@pytest.mark.parametrize("dim", [16, 128])
+def test_a_token_alone_after_its_rotation(dim: int, dtype: torch.dtype, device: str) -> None:
+    """Token after token, the newest key and value written just before, and the old ones loaded before that."""
+    from tp_runtime.kernels.cuda import attention_ops as ops
+
+    heads, kv_heads, first, count = 4, 2, 125, 6
+    keys, values, table = make_cache([first], kv_heads, dim, dtype)
+    keys, values, table = (each.to(device) for each in (keys, values, table))
+    qkv = torch.randn(count, 2, 1, (heads + 2 * kv_heads) * dim, device=device)
+    angles = torch.rand(first + count, dim // 2, device=device)
+    cos, sin = angles.cos(), angles.sin()
+    position, row = (torch.zeros(1, dtype=torch.int32, device=device) for _ in range(2))
+    q, out = torch.empty(2, 1, heads, dim, dtype=torch.bfloat16, device=device).unbind(0)
+    scratch = ops.DecodeScratch.make(1, heads, keys, first + count)
+    projected = qkv[0].clone()
+    position.fill_(first)
+
+    def run() -> None:
+        ops.rope_write(projected, None, cos, sin, None, position, row, table, q, keys, values)
+        ops.decode_attention(
+            q, keys, values, position, row, table, scratch, out, scale=dim**-0.5, window=0
+        )  # fmt: skip
+
+    step = run
+    if device == "cuda":
+        run()  # compiled; what it wrote is written again
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+        step = graph.replay
+    for number in range(count):
+        projected.copy_(qkv[number])
+        position.fill_(first + number)
+        step()
+        length = torch.tensor([first + number + 1]).int()
+        wanted = reference.attend_paged(
+            q.float().cpu(), keys.cpu(), values.cpu(), table.cpu(), torch.tensor([0, 1]).int(), length,
+            dim**-0.5, 0, None, None,
+        )  # fmt: skip
+        assert report(f"position {first + number}", out, wanted) < 4e-2

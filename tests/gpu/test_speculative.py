@@ -22,7 +22,7 @@ CASES = [
 ]
 
 
-def speculate(folder: str, where: str, forced: float | None) -> dict[str, Any]:
+def speculate(folder: str, where: str, forced: float | None, exact: bool) -> dict[str, Any]:
     """Greedy answers of one row, of three and of one that is sampled; steps of the draft, and its figures."""
     import torch
     import torch.distributed as dist
@@ -42,6 +42,7 @@ def speculate(folder: str, where: str, forced: float | None) -> dict[str, Any]:
     CudaRunner.start_burst = counted  # type: ignore[method-assign]
     params = SamplingParams(max_new_tokens=61, ignore_eos=True)
     settings = {"draft": folder, "draft_adaptive": False, "draft_tokens": 4, "draft_ranks": where}
+    settings["speculate_exact"] = exact
     with LLM(folder, random_weights=True, device="cuda", context=256, max_batch=4, **settings) as llm:
         speculator = llm.speculator
         assert speculator is not None
@@ -60,11 +61,13 @@ def speculate(folder: str, where: str, forced: float | None) -> dict[str, Any]:
     return {"tokens": tokens, "plain": plain, "bursts": started, "figures": figures}
 
 
-@pytest.mark.parametrize("forced", [None, 1.0])
+@pytest.mark.parametrize(("forced", "exact"), [(None, False), (1.0, False), (None, True)])
 @pytest.mark.parametrize(("world", "where"), CASES)
-def test_drafts_in_bursts(world: int, where: str, forced: float | None, tmp_path: Path, device: str) -> None:
+def test_drafts_in_bursts(
+    world: int, where: str, forced: float | None, exact: bool, tmp_path: Path, device: str
+) -> None:
     (tmp_path / "config.json").write_text(json.dumps(SHAPE))
-    found = run_ranks(world, speculate, str(tmp_path), where, forced, timeout=300)
+    found = run_ranks(world, speculate, str(tmp_path), where, forced, exact, timeout=300)
     first = found[0]
     for other in found[1:]:
         assert other["tokens"] == first["tokens"] and other["plain"] == first["plain"], "ranks differ"
@@ -72,6 +75,7 @@ def test_drafts_in_bursts(world: int, where: str, forced: float | None, tmp_path
     figures = first["figures"]
     print(f"x{world} {where}: {figures['acceptance']:.2f} stood, bursts {first['bursts']}")
     assert first["tokens"][0][0] == first["plain"][0]
+    assert not exact or first["tokens"][0] == first["plain"]
     # A step of five tokens rounds otherwise than one of one, so near ties may fall; few are so near.
     assert figures["acceptance"] >= (0.7 if forced is None else 1.0)
     # The first draft reads the prompt, and each after one that stood its last token: one step, then a burst.

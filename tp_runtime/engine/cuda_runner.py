@@ -134,7 +134,7 @@ class CudaRunner(ModelRunner):
         self._written.synchronize()
         if int(self._host_status):
             self._push.check()
-        size = 1 << (step.num_tokens - 1).bit_length()
+        size = max(1 << (step.num_tokens - 1).bit_length(), self.min_tokens)
         words = self._host_words.numpy()
         words[:] = 0
         words[2] = self.max_rows  # padding: the row of scratch blocks

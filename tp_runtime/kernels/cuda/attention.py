@@ -163,8 +163,8 @@ def decode_kernel(
 
     ROWS: those heads padded to 16 or more. SPLITS: most runs, a power of two. partial: fp32 [T, K, SPLITS,
     ROWS, D], stats: fp32 [T, K, SPLITS, 2, ROWS], count: int32 [T, K], zero before and after. ALONE: the step
-    has one token, so that all but its own position was written by steps before, and is loaded while the
-    projection still runs.
+    has one token, so that steps before have written all but its own position, and a run loads its first tile
+    while the projection still runs.
     """
     token, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     GROUP: tl.constexpr = H // K
@@ -193,8 +193,9 @@ def decode_kernel(
         if ALONE:
             start_next()
     if ALONE:
-        new_k = tl.load(k_cache_ptr + newest).to(tl.float32)
-        new_v = tl.load(v_cache_ptr + newest).to(tl.float32)
+        # Past the L1, which may hold the sector of a short key as it was when its neighbour was loaded.
+        new_k = tl.load(k_cache_ptr + newest, cache_modifier=".cg").to(tl.float32)
+        new_v = tl.load(v_cache_ptr + newest, cache_modifier=".cg").to(tl.float32)
     its_q = q_ptr + (token * H + kv_head * GROUP + g[:, None]) * D + d[None, :]
     q = tl.load(its_q, mask=g[:, None] < GROUP, other=0.0)
     scale *= _LOG2E

@@ -88,7 +88,10 @@ class Runs:
 
 @dataclass(frozen=True)
 class DecodeScratch:
-    """What decode attention keeps between programs: see decode_kernel. For at most `tokens` tokens."""
+    """What decode attention keeps between programs: see decode_kernel. For at most `tokens` tokens.
+
+    runs: of steps of several tokens; runs_alone: of one, no more than those.
+    """
 
     partial: Tensor
     stats: Tensor
@@ -108,8 +111,9 @@ class DecodeScratch:
             return Runs(tile, min(most_splits, triton.next_power_of_2(triton.cdiv(context, tile))))
 
         runs, alone = runs_of(_TILE), runs_of(_TILE_ALONE)
-        # A large tile fills a processor: where they do not all run at once, smaller ones are faster.
-        if kv_heads * triton.cdiv(context, alone.tile) > _processors(cache):
+        # A large tile fills a processor: where not each of them has one, smaller tiles are faster.
+        tiles = triton.cdiv(context, alone.tile)
+        if tiles > alone.splits or kv_heads * tiles > _processors(cache):
             alone = runs
         rows = padded_group(heads, kv_heads)
         slots = tokens * kv_heads * runs.splits

@@ -23,7 +23,7 @@ from .gemv import BF16, FP8, INT4, INT8, gemv_kernel
 MOST_ROWS = 16
 _SLICE_VALUES = 128 << 20  # bf16 values made at a time; fewer leave cuBLAS too few tiles for all processors
 _LINES_AHEAD = 2  # of each row of a tile, asked for before a linear waits; four are slower than none
-_LINES_AHEAD_INT4 = 1
+_LINES_AHEAD_INT4 = 1  # twice the columns a line
 _INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 
