@@ -45,7 +45,7 @@ def report(name: str, found: Tensor, wanted: Tensor) -> float:
 def test_decode(heads: int, kv_heads: int, dim: int, window: int, dtype: torch.dtype, device: str) -> None:
     from tp_runtime.kernels.cuda import attention_ops as ops
 
-    lengths = [1, 31, 129, 256, 257, 777]  # of 129 and 257 the newest has a tile of its own
+    lengths = [1, 31, 129, 256, 257, 777]  # of 129 (in tiles of 128) and 257 the newest has its own
     keys, values, table = make_cache(lengths, kv_heads, dim, dtype)
     q = torch.randn(len(lengths), heads, dim).bfloat16()
     positions, rows = torch.tensor(lengths).int() - 1, torch.arange(len(lengths)).int()
@@ -59,11 +59,9 @@ def test_decode(heads: int, kv_heads: int, dim: int, window: int, dtype: torch.d
     some, all_alone = (
         ops.DecodeScratch.make(len(lengths), heads, keys, max(lengths), most_splits=n) for n in (2, 32)
     )
+    steps = [slice(None), *(slice(i, i + 1) for i in range(len(lengths)))]  # together, and each alone
     for scratch in (some, some, all_alone):  # runs of several tiles, of one; the counters are as they were
-        for step in (
-            slice(None),
-            *(slice(i, i + 1) for i in range(len(lengths))),
-        ):  # together, and each alone
+        for step in steps:
             out = torch.full_like(q[step], torch.nan)
             ops.decode_attention(
                 q[step], keys, values, positions[step], rows[step], table, scratch, out,
