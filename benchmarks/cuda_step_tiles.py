@@ -26,7 +26,7 @@ from typing import Any
 from cuda_gemv import INT4_TILES, TILES, in_processes
 
 LINEARS = ("gate_up", "down", "qkv", "out", "head")
-SPLITS = (1, 2, 4, 8)
+SPLITS = (1, 2, 3, 4, 5, 6, 7, 8)
 _REPLAYS = 7
 _POSITION = 200  # of the token: as deep as the middle of 128 + 128
 
@@ -62,7 +62,7 @@ def candidates(kind: str, linear: str, k: int) -> list[Any]:
     from tp_runtime.kernels.cuda.linear import Tile
 
     whole = linear in ("gate_up", "head")
-    splits = [1] if whole else [s for s in SPLITS if s == 1 or k // s >= 1024]
+    splits = [1] if whole else [s for s in SPLITS if s == 1 or k // s >= 640]
     if kind.startswith("int4"):
         tiles = [(bn, 0, warps, stages) for bn, warps, stages in INT4_TILES]
     else:

@@ -8,7 +8,7 @@ Legend: S splits of K, R rows, N outputs, K inputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -38,6 +38,14 @@ class Tile:
     stages: int
 
 
+_HEAD_TILES = {
+    BF16.value: Tile(32, 256, 1, 2, 4),
+    FP8.value: Tile(64, 256, 1, 4, 4),
+    INT8.value: Tile(64, 256, 1, 4, 4),
+    INT4.value: Tile(64, 0, 1, 2, 4),
+}
+
+
 def kind_of(w: Tensor) -> int:
     """BF16, FP8, INT8 or INT4, from the packed weight's dtype."""
     kinds = {torch.bfloat16: BF16, torch.float8_e4m3fn: FP8, torch.int8: INT8, torch.uint8: INT4}
@@ -64,39 +72,28 @@ def _fitting(tile: Tile, w: Tensor) -> Tile:
 
 
 def _plain_tile(kind: int, n: int, k: int, split: bool) -> Tile:
-    """Of a linear without a gate."""
+    """Of a linear without a gate.
 
-    def split_until(programs: int, bn: int) -> int:
-        count, most = 1, 8 if split else 1
-        while -(-n // bn) * count < programs and count < most and k // (2 * count) >= 1024:
-            count *= 2
-        return count
+    Best are splits that give 132 processors nearly the same number of programs, all at once: about three
+    each (384 = 3 x 128), whose loads in flight cover the memory's latency.
+    """
 
+    def splits(programs: int, bn: int, least_columns: int) -> int:
+        return max(1, min(programs // triton.cdiv(n, bn), k // least_columns, 8))
+
+    if not split:  # the head, which has programs enough
+        return _HEAD_TILES[kind]
     if kind == BF16.value:
-        return Tile(32, 128, split_until(300, 32), 2, 4) if split else Tile(32, 256, 1, 2, 4)
+        return Tile(32, 128, 1 if n > 8192 else splits(max(384, 3 * triton.cdiv(n, 32)), 32, 1024), 2, 4)
     if kind == INT4.value:
-        return _int4_tile(n, k, split_until)
-    if split and n >= 8192 and k <= 4096:
-        return Tile(64, 128, split_until(512, 64), 4, 6)
-    splits = split_until(192, 64)
-    short = k // splits <= (1024 if k <= 4096 else 2048)
-    return Tile(64, 256, splits, 4, (6 if k <= 4096 else 3) if short else 4)
-
-
-def _int4_tile(n: int, k: int, split_until: Callable[[int, int], int]) -> Tile:
-    if k <= 4096:
-        return Tile(64, 0, split_until(160, 64), 2, 8)
-    splits = split_until(600, 32)
-    if k > 8192:
-        return Tile(32, 0, splits, 1, 4)
-    # Four stages leave room for four programs on each of 132 processors, six for three: what fills its turns.
-    programs = triton.cdiv(n, 32) * splits
-    return Tile(32, 0, splits, 2, max((6, 4), key=lambda stages: _filled(programs, 132 * (18 // stages))))
-
-
-def _filled(programs: int, places: int) -> float:
-    """The share of the places that programs take in all their turns."""
-    return programs / (triton.cdiv(programs, places) * places)
+        if k > 8192:
+            return Tile(32, 0, splits(1024, 32, 1024), 1, 4)
+        return Tile(64, 0, splits(512, 64, 768), 4, 3)
+    if n * k > 64 << 20:  # two programs a processor, or three of fewer stages
+        count = splits(320, 64, 768)
+        return Tile(64, 256, count, 4, 4 if count * triton.cdiv(n, 64) <= 2 * 132 else 3)
+    count = splits(384, 64, 768)
+    return Tile(64, 256, count, 4, 6) if k <= 2048 else Tile(64, 128, count, 4, 4)
 
 
 def _gated_tile(kind: int, n: int, k: int) -> Tile:
@@ -104,16 +101,16 @@ def _gated_tile(kind: int, n: int, k: int) -> Tile:
     if kind == BF16.value:
         return Tile(32, 128, 1, 1, 4)
     if kind == INT4.value:
-        if k < 8192:
+        if k < 8192 or 20_000 <= n < 40_000:
             return Tile(64, 0, 1, 2, 4)
-        if n < 20_000:
-            return Tile(32, 0, 1, 2, 6)
-        return Tile(32, 0, 1, 1 if n < 40_000 else 2, 4)
+        return Tile(32, 0, 1, 2, 6 if n < 20_000 else 4)
     if n < 10_000:
         return Tile(32, 256, 1, 2, 8)
     if n < 20_000:
         return Tile(64, 256, 1, 4, 4)
-    return Tile(128, 256, 1, 4 if k >= 8192 else 8, 3) if n < 40_000 else Tile(32, 512, 1, 2, 4)
+    if k < 8192:
+        return Tile(64, 128, 1, 4, 4)
+    return Tile(128, 256, 1, 4, 3) if n < 40_000 else Tile(32, 512, 1, 2, 4)
 
 
 @torch.library.custom_op("tp_cuda::gemv_", mutates_args=("y",))
