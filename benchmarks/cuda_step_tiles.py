@@ -142,7 +142,8 @@ class StepTimer:
         """Those the runtime chose."""
         layer = self.weights.layers[0]
         return {
-            name: self.weights.head.tile if name == "head" else getattr(layer, name).tile for name in LINEARS
+            name: (self.weights.head if name == "head" else getattr(layer, name)).tile(self.rows)
+            for name in LINEARS
         }
 
     def ms(self, tiles: dict[str, Any]) -> float:
@@ -150,14 +151,15 @@ class StepTimer:
         from tp_runtime.engine.cuda_decode import DecodeStep
         from tp_runtime.kernels.cuda.read_ceiling import graph_seconds
 
+        def cut(linear: Any, name: str) -> Any:
+            return replace(linear, alone=tiles[name], several=tiles[name])
+
         def changed(layer: Any) -> Any:
-            return replace(
-                layer, **{n: replace(getattr(layer, n), tile=tiles[n]) for n in LINEARS if n != "head"}
-            )
+            return replace(layer, **{n: cut(getattr(layer, n), n) for n in LINEARS if n != "head"})
 
         weights = replace(
             self.weights, layers=tuple(map(changed, self.weights.layers)),
-            head=replace(self.weights.head, tile=tiles["head"]),
+            head=cut(self.weights.head, "head"),
         )  # fmt: skip
         runner = self.runner
         step = DecodeStep(

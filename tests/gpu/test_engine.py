@@ -54,9 +54,11 @@ def _compare(folder: str, quant: str, cache_dtype: str = "auto") -> dict[str, An
         ].tokens
         prompt = tuple(PROMPTS[1])
         llm.runner.execute(Step((Row(prompt, 0, (1, 2), 1),)))
-        step = Step((Row((17, 18, 19), len(prompt), (1, 2), 3), Row((44,), 0, (3,), 1)))
-        layerwise = ModelRunner.execute(llm.runner, step).float().cpu()
-        captured = llm.runner.execute(step).float().cpu()
+        steps = [Step((Row((17, 18, 19), len(prompt), (1, 2), 3), Row((44,), 0, (3,), 1)))]
+        steps += [Step((Row(tuple(range(20, 20 + n)), len(prompt), (1, 2), n),)) for n in (5, 11)]
+        layerwise = torch.cat([ModelRunner.execute(llm.runner, each).float().cpu() for each in steps])
+        captured = torch.cat([llm.runner.execute(each).float().cpu() for each in steps])
+        assert {4, 5, 12} <= set(llm.runner._graphs), "a step was padded to another size"
         mixed = Step((Row(prompt, 0, (1, 2), 45), Row((44,), 0, (3,), 1), Row(prompt[::-1], 0, (4, 5), 40)))
         many = (prompt * 5)[:200]
         long = Step((Row(many, 0, tuple(range(1, 8)), 2), Row(many[::-1], 0, tuple(range(8, 15)), 1)))

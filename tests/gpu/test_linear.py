@@ -62,7 +62,7 @@ def test_gemv(case: Case, shape: tuple[int, int], rows: int, device: str) -> Non
     n, k = shape
     tensors, w = make(case, n, k, device)
     x = torch.randn(rows, k).bfloat16()
-    tile = choose_tile(tensors[0], k, gated=False)
+    tile = choose_tile(tensors[0], k, rows=rows, gated=False)
     y = torch.full((tile.splits, rows, n), torch.nan, device=device)  # poisoned: every element is written
     gemv_(x.to(device), tensors, y, group_size=case[1], tile=tile)
     largest, mean = errors(y.sum(0), x.double() @ w.double().T)
@@ -82,7 +82,7 @@ def test_gemv_with_norm_and_gate(case: Case, n: int, device: str) -> None:
     x = torch.randn(rows, k).bfloat16()
     sums = torch.rand(rows, 4) * k
     y = torch.full((rows, n), torch.nan, device=device)
-    tile = choose_tile(tensors[0], k, gated=True)
+    tile = choose_tile(tensors[0], k, rows=rows, gated=True)
     gemv_(x.to(device), tensors, y, group_size=case[1], gated=True, sums=sums.to(device), eps=eps, tile=tile)
     rms = (sums.double().sum(1) / k + eps).rsqrt()
     both = (x.double() @ w.double().T) * rms.unsqueeze(1)

@@ -114,9 +114,9 @@ def _few_rows(case: Case, rows: Sequence[int], bench: Bench) -> Iterator[dict[st
     weights = make_weights(case.quant, case.n, case.k, 1)
     size = sum(each.nbytes for each in weights[0])
     weights += make_weights(case.quant, case.n, case.k, max(1, -(-bench.num_bytes // size) - 1))
-    tile = choose_tile(weights[0][0], case.k, gated=gated, split=case.name != "head")
     num_sums = 0 if case.name in _PLAIN_SUMS else pieces_of(case.k)[0]
     for count in rows:
+        tile = choose_tile(weights[0][0], case.k, rows=count, gated=gated, split=case.name != "head")
         run = chain(case.quant, weights, count, case.k, tile, gated=gated, num_sums=num_sums)
         found = bench.bandwidth(_timed(run), size * len(weights))
         yield result(case.label, case.quant, group_size_of(case.quant), case.n, case.k, count) | found

@@ -41,12 +41,21 @@ _NORM_COLUMNS = 256  # columns of one program of a sum: one word a thread, so th
 
 @dataclass(frozen=True)
 class Linear:
-    """A weight of the step with its tile, and its bias."""
+    """A weight of the step with its tiles, for one token and for several, and its bias."""
 
     weight: PreparedWeight
     bias: Tensor | None
-    tile: Tile
+    alone: Tile
+    several: Tile
     outputs: int
+
+    def tile(self, count: int) -> Tile:
+        """That of a step of `count` tokens."""
+        return self.alone if count == 1 else self.several
+
+    @property
+    def most_splits(self) -> int:
+        return max(self.alone.splits, self.several.splits)
 
 
 @dataclass(frozen=True)
@@ -85,7 +94,11 @@ def _linear(module: nn.Module | None, *, gated: bool = False, split: bool = True
     if gated and bias is not None:
         return None
     outputs = weight.n // (2 if gated else 1)
-    return Linear(weight, bias, choose_tile(weight.tensors[0], weight.k, gated=gated, split=split), outputs)
+    alone, several = (
+        choose_tile(weight.tensors[0], weight.k, rows=rows, gated=gated, split=split)
+        for rows in (1, MOST_TOKENS)
+    )
+    return Linear(weight, bias, alone, several, outputs)
 
 
 def _layer(layer: DecoderLayer, window: int) -> Layer | None:
@@ -186,9 +199,9 @@ class DecodeStep:
         def make(count: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.zeros(count * MOST_TOKENS, dtype=dtype, device=device)
 
-        most_splits = max(each.tile.splits for layer in weights.layers for each in (layer.out, layer.down))
+        most_splits = max(each.most_splits for layer in weights.layers for each in (layer.out, layer.down))
         self._part = make(size * most_splits)
-        self._qkv = make(first.qkv.outputs * first.qkv.tile.splits)
+        self._qkv = make(first.qkv.outputs * first.qkv.most_splits)
         self._q, self._attended = (make(self.heads * self.head_dim, torch.bfloat16) for _ in range(2))
         self._residual, self._x = make(size), make(size, torch.bfloat16)
         self._sums = make(self.sums_width)
@@ -227,13 +240,13 @@ class DecodeStep:
         sums = self._sums[: x.shape[0] * self.sums_width].view(x.shape[0], self.sums_width) if norm else None
         launch_gemv(
             x, weight, scale, offset, sums, y, group_size=linear.weight.group_size, gated=gated,
-            eps=self.weights.eps, tile=linear.tile, early=not gated,
+            eps=self.weights.eps, tile=linear.tile(x.shape[0]), early=not gated,
         )  # fmt: skip
 
     def _into_residual(self, linear: Linear, x: Tensor, norm: Tensor, count: int, *, op: int) -> int:
         """x W^T, summed over splits and ranks, into the residual, and its norm; the next sum's number."""
-        part = self._part[: linear.tile.splits * count * linear.outputs]
-        part = part.view(linear.tile.splits, count, linear.outputs)
+        splits = linear.tile(count).splits
+        part = self._part[: splits * count * linear.outputs].view(splits, count, linear.outputs)
         self._gemv(linear, x, part, norm=False)
         return self._reduce(part, linear.bias, norm, count, op=op)
 
@@ -253,8 +266,8 @@ class DecodeStep:
 
     def _attend(self, layer: Layer, index: int, count: int) -> Tensor:
         linear, size = layer.qkv, self.heads * self.head_dim
-        qkv = self._qkv[: linear.tile.splits * count * linear.outputs]
-        qkv = qkv.view(linear.tile.splits, count, linear.outputs)
+        splits = linear.tile(count).splits
+        qkv = self._qkv[: splits * count * linear.outputs].view(splits, count, linear.outputs)
         x = self._x[: count * self.hidden_size].view(count, self.hidden_size)
         self._gemv(linear, x, qkv, norm=True)
         keys, values = self.cache.keys[index], self.cache.values[index]

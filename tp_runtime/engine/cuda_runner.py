@@ -1,8 +1,8 @@
 """One rank's model on a GPU: prompts (cuda_prompt_graphs.py), and decoding through captured graphs.
 
 A step of at most 16 tokens, one or a few a row, is a replay of a CUDA graph: the host writes some words
-(tokens, positions, block numbers), and reads logits or tokens. The graph of 1, 2, 4, 8 or 16 tokens is
-captured when the first step of that size comes, by all ranks at once, since they run the same steps.
+(tokens, positions, block numbers), and reads logits or tokens. The graph of a size is captured when the first
+step of that size comes, by all ranks at once, since they run the same steps.
 
 Greedy rows need no logits on the host: the graph itself chooses the likeliest token over all ranks and
 feeds it to the next replay. `burst` queues several replays and hands out the tokens as they come, so that
@@ -32,6 +32,14 @@ from .runner import ModelRunner
 from .step import Row, Step
 
 BURST_STEPS = 16
+
+
+def graph_size(num_tokens: int) -> int:
+    """Tokens of the graph that takes a step: as many, or one more of 9 to 16.
+
+    A padded token costs: linears read its x in every program, attention and sums do its work.
+    """
+    return num_tokens if num_tokens <= 8 else num_tokens + num_tokens % 2
 
 
 class CudaRunner(ModelRunner):
@@ -134,7 +142,7 @@ class CudaRunner(ModelRunner):
         self._written.synchronize()
         if int(self._host_status):
             self._push.check()
-        size = max(1 << (step.num_tokens - 1).bit_length(), self.min_tokens)
+        size = max(graph_size(step.num_tokens), self.min_tokens)
         words = self._host_words.numpy()
         words[:] = 0
         words[2] = self.max_rows  # padding: the row of scratch blocks

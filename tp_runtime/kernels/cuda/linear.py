@@ -52,13 +52,16 @@ def kind_of(w: Tensor) -> int:
     return int(kinds[w.dtype].value)
 
 
-def choose_tile(w: Tensor, k: int, *, gated: bool, split: bool = True) -> Tile:
+def choose_tile(w: Tensor, k: int, *, rows: int, gated: bool, split: bool = True) -> Tile:
     """The tile for a weight, as found on an H200 within the step (benchmarks/cuda_step_tiles.py).
 
-    split: whether K may be split (a gated linear's never is).
+    Every program reads its columns of all rows of x: where these are several, and a tile of W has few bytes,
+    that is as much as the weights, so such tiles have more rows of W. split: whether K may be split (a gated
+    linear's never is).
     """
     kind, n = kind_of(w), w.shape[0]
-    return _fitting(_gated_tile(kind, n, k) if gated else _plain_tile(kind, n, k, split), w)
+    several = rows > 1
+    return _fitting(_gated_tile(kind, n, k, several) if gated else _plain_tile(kind, n, k, several, split), w)
 
 
 def _fitting(tile: Tile, w: Tensor) -> Tile:
@@ -71,7 +74,7 @@ def _fitting(tile: Tile, w: Tensor) -> Tile:
     return replace(tile, stages=max(1, min(tile.stages, limit // stage)))
 
 
-def _plain_tile(kind: int, n: int, k: int, split: bool) -> Tile:
+def _plain_tile(kind: int, n: int, k: int, several: bool, split: bool) -> Tile:
     """Of a linear without a gate.
 
     Best are splits that give 132 processors nearly the same number of programs, all at once: about three
@@ -86,6 +89,8 @@ def _plain_tile(kind: int, n: int, k: int, split: bool) -> Tile:
     if kind == BF16.value:
         return Tile(32, 128, 1 if n > 8192 else splits(max(384, 3 * triton.cdiv(n, 32)), 32, 1024), 2, 4)
     if kind == INT4.value:
+        if several:
+            return Tile(128, 0, splits(256, 128, 640), 4, 3)
         if k > 8192:
             return Tile(32, 0, splits(1024, 32, 1024), 1, 4)
         return Tile(64, 0, splits(512, 64, 768), 4, 3)
@@ -96,12 +101,14 @@ def _plain_tile(kind: int, n: int, k: int, split: bool) -> Tile:
     return Tile(64, 256, count, 4, 6) if k <= 2048 else Tile(64, 128, count, 4, 4)
 
 
-def _gated_tile(kind: int, n: int, k: int) -> Tile:
+def _gated_tile(kind: int, n: int, k: int, several: bool) -> Tile:
     """Of n rows of gate and up."""
     if kind == BF16.value:
         return Tile(32, 128, 1, 1, 4)
     if kind == INT4.value:
-        if k < 8192 or 20_000 <= n < 40_000:
+        if several and n >= 20_000:
+            return Tile(128, 0, 1, 4, 4)
+        if several or k < 8192 or 20_000 <= n < 40_000:
             return Tile(64, 0, 1, 2, 4)
         return Tile(32, 0, 1, 2, 6 if n < 20_000 else 4)
     if n < 10_000:
@@ -110,7 +117,7 @@ def _gated_tile(kind: int, n: int, k: int) -> Tile:
         return Tile(64, 256, 1, 4, 4)
     if k < 8192:
         return Tile(64, 128, 1, 4, 4)
-    return Tile(128, 256, 1, 4, 3) if n < 40_000 else Tile(32, 512, 1, 2, 4)
+    return Tile(128, 256, 1, 4, 3) if several or n < 40_000 else Tile(32, 512, 1, 2, 4)
 
 
 @torch.library.custom_op("tp_cuda::gemv_", mutates_args=("y",))
@@ -274,7 +281,7 @@ def _(x: Tensor, tensors: list[Tensor], group_size: int, gated: bool) -> Tensor:
 
 def _few_rows(x_RK: Tensor, tensors: tuple[Tensor, ...], group_size: int, gated: bool) -> Tensor:
     rows, k = x_RK.shape
-    tile = choose_tile(tensors[0], k, gated=gated)
+    tile = choose_tile(tensors[0], k, rows=rows, gated=gated)
     n = tensors[0].shape[0] // (2 if gated else 1)
     y_SRN = torch.empty((tile.splits, rows, n), dtype=torch.float32, device=x_RK.device)
     gemv_(x_RK.bfloat16().contiguous(), tensors, y_SRN, group_size=group_size, gated=gated, tile=tile)
