@@ -26,7 +26,7 @@ from .proof import proof_size
 from .search import Search
 from .shardplan import ShardPlan
 from .surrogate import Surrogate, make_surrogate, named_shapes
-from .unreached import extra_calls, record_calls, siblings
+from .unreached import extra_calls, record_calls, siblings, summed_twice
 from .verify import Mismatch, simulate
 
 LARGE_MODEL = 1 << 25  # parameters beyond which one layer of each structure is proved, and no more
@@ -186,6 +186,12 @@ def _proved(search: Search) -> tuple[ShardPlan, bool]:
         plan, problems = build_plan(analysis, search.decisions)
         if not search.settled:
             return plan, False
+        around = summed_twice(plan, {path for path, _, _ in search.example.calls if path})
+        if around is not None:
+            apart = Mismatch(around, "what the example does not reach there cannot be summed with the rest")
+            if not blame(search, analysis, apart, problems):
+                return plan, False
+            continue
         if not search.verify:
             return plan, True
         mismatch = simulate(search.surrogate.model, plan, search.example, analysis.whole_results)

@@ -2,8 +2,8 @@
 
 Text alone leaves a vision tower or cross-attention unseen. A module that was not called, in one that was, is
 called with the arguments that another module of its class got, or with an image, token ids or rows, by what
-its first layer takes. Children of a list that are alike (experts that no token chose) divide as the one that
-was reached.
+its first layer takes. Children of a list or dict that are alike (experts that no token chose) divide as the
+one that was reached.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .inputs import Call, Example, Sketch, images_for, tokens_for
+from .shardplan import ShardPlan
 from .surrogate import alike
 from .trace.rules import tensors_in
 
@@ -74,20 +75,38 @@ def _detached(value: Any) -> Any:
 
 
 def siblings(model: nn.Module, called: set[str]) -> dict[str, str]:
-    """Children of lists that were not called -> an alike child that was."""
+    """Children of lists and dicts of modules that were not called -> an alike child that was."""
     found: dict[str, str] = {}
     for path, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList):
+        if not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
             continue
-        prefix = path + "." if path else ""
-        children = list(module)
-        reached = [place for place in range(len(children)) if prefix + str(place) in called]
-        for place, child in enumerate(children):
-            if prefix + str(place) not in called:
-                twin = next((r for r in reached if alike(children[r], r, child, place)), None)
+        children = [
+            (place, f"{path}.{name}" if path else name, child)
+            for place, (name, child) in enumerate(module._modules.items())
+            if child is not None
+        ]
+        reached = [each for each in children if each[1] in called]
+        for place, name, child in children:
+            if name not in called:
+                twin = next((r for r in reached if alike(r[2], r[0], child, place)), None)
                 if twin is not None:
-                    found[prefix + str(place)] = prefix + str(twin)
+                    found[name] = twin[1]
     return found
+
+
+def summed_twice(plan: ShardPlan, alone: set[str]) -> str | None:
+    """A module that sums over ranks around one that was only seen on its own (in `alone`), if there is any.
+
+    What that one returns may be part of the sum, as of experts of which the example reached others: by itself
+    it is right when it is whole or sums its own, and then it would count once for each rank.
+    """
+    around = {module for module, _ in plan.sums}
+    for path in sorted(alone):
+        parts = path.split(".")
+        found = {".".join(parts[:end]) for end in range(len(parts))} & around
+        if found:
+            return max(found, key=len)
+    return None
 
 
 def extra_calls(model: nn.Module, called: set[str], arguments: dict[type, tuple[Any, Any]]) -> list[Call]:

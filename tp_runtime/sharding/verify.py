@@ -20,7 +20,7 @@ from .inputs import Example
 from .proof import proof_copy
 from .shardplan import ShardPlan
 from .surrogate import make_surrogate
-from .trace.hooks import result_tensors
+from .trace.hooks import answer_tensors, result_tensors
 
 TOLERANCE = 3e-4  # largest difference over largest value, fp32
 
@@ -121,7 +121,12 @@ def _simulate(
     model: nn.Module, plan: ShardPlan, example: Example, whole_results: set[str]
 ) -> Mismatch | None:
     reference = make_surrogate(model).model
-    wanted, log = _run(reference, example, whole_results, None)
+    try:
+        wanted, log = _run(reference, example, whole_results, None)
+    except Exception as error:  # noqa: BLE001  (a model of more layers may need larger inputs than its copy)
+        return Mismatch("", f"the whole model fails on the example ({type(error).__name__}: {error})"[:200])
+    if not wanted:
+        return Mismatch("", "the whole model returns no tensor that could be compared")
     if not proves(wanted):
         return Mismatch("", "the whole model's results are zero or not finite, which proves nothing")
     del reference
@@ -243,5 +248,5 @@ def _run(
         module.register_forward_pre_hook(enter(name))
         module.register_forward_hook(leave(name))
     with torch.no_grad():
-        results = [t for out in example.run(model) for _, t in result_tensors(out)]
+        results = [t for out in example.run(model) for t in answer_tensors(out)]
     return results, log

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -143,7 +144,7 @@ def unseen() -> Iterator[None]:
 
 
 def result_tensors(out: Any) -> list[tuple[str, Tensor]]:
-    """(place, tensor) of the tensors a module returns: itself, in a tuple or list, in a mapping."""
+    """(place, tensor) of what a module returns to others: itself, in a tuple or list, in a mapping."""
     if isinstance(out, Tensor):
         return [("", out)]
     if isinstance(out, (tuple, list)):
@@ -151,3 +152,42 @@ def result_tensors(out: Any) -> list[tuple[str, Tensor]]:
     if isinstance(out, dict):
         return [(str(k), t) for k, t in out.items() if isinstance(t, Tensor)]
     return []
+
+
+_CACHES = ("past_key_values", "past_key_value", "cache_params")
+
+
+def answer_tensors(out: Any) -> list[Tensor]:
+    """The tensors of a model's whole answer, however deep in tuples, lists, mappings and dataclasses.
+
+    An answer that is an object of another class is looked into, once. Left out are caches, which hold a
+    rank's own heads: what transformers calls so, and, inside a tuple or list, pairs of equal shape
+    [.., heads, tokens, head_dim].
+    """
+    known = isinstance(out, (Tensor, tuple, list, Mapping)) or is_dataclass(out)
+    return list(_walk(out if known or not hasattr(out, "__dict__") else vars(out), 0))
+
+
+def _walk(out: Any, depth: int) -> Iterator[Tensor]:
+    if isinstance(out, Tensor):
+        yield out
+    elif isinstance(out, Mapping):
+        for key, value in out.items():
+            if key not in _CACHES:
+                yield from _walk(value, depth + 1)
+    elif isinstance(out, (tuple, list)):
+        if depth and _is_pair_of_heads(out):
+            return
+        for value in out:
+            yield from _walk(value, depth + 1)
+    elif is_dataclass(out) and not isinstance(out, type):
+        yield from _walk({each.name: getattr(out, each.name) for each in fields(out)}, depth)
+
+
+def _is_pair_of_heads(values: Sequence[Any]) -> bool:
+    """Whether this looks like the keys and values of a layer."""
+    return (
+        len(values) == 2
+        and all(isinstance(t, Tensor) and t.dim() == 4 for t in values)
+        and values[0].shape == values[1].shape
+    )

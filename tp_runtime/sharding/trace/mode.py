@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .hooks import BIRTH_LIMIT, Enter, Leave, result_tensors
+from .hooks import BIRTH_LIMIT, Enter, Leave, answer_tensors
 from .integers import Attribute, Equation, IntegerMode, install
 from .labels import (
     DENSE_LIMIT,
@@ -142,7 +142,7 @@ class Trace(TorchDispatchMode):
         self.stack = []
         with torch.no_grad(), self.integers, self:
             out = self.model.get_submodule(path)(*args, **kwargs)
-        for _, tensor in result_tensors(out):
+        for tensor in answer_tensors(out):
             self.labels.fail(self.labels.get(tensor), "the result of the model depends on it", path)
             self._demand(tensor)
 

@@ -1,0 +1,146 @@
+"""Models whose answers or modules an example shows only in part: results are the whole model's all the same.
+
+Answers that lie deep in tuples, dataclasses or objects; experts that no example token reaches. fp32; ranks
+differ from the whole model only in the order of sums.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from tp_testing.ranks import run_ranks
+
+from tp_runtime.mesh import init_mesh
+from tp_runtime.sharding.shard import shard
+
+TOLERANCE = 2e-5  # of the largest value: sums over ranks in fp32 of a few dozen values
+WIDTH = 32
+
+
+class Pair(nn.Module):
+    """An MLP."""
+
+    def __init__(self, width: int = 48) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, width), nn.Linear(width, WIDTH, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.down(torch.relu(self.up(x)))
+        return y
+
+
+@dataclass
+class Found:
+    logits: Tensor
+    more: list[dict[str, Tensor]]
+
+
+class Own:
+    """An answer of a class of its own."""
+
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = logits
+
+
+ANSWERS: dict[str, Any] = {
+    "a tuple in a tuple": (lambda x, y, z: (x, (y, (z,))), lambda out: [out[1][0], out[1][1][0]]),
+    "a dataclass": (lambda x, y, z: Found(y, [{"z": z}]), lambda out: [out.logits, out.more[0]["z"]]),
+    "a class of its own": (lambda x, y, z: Own(y), lambda out: [out.logits]),
+    "a list in a dict": (lambda x, y, z: {"all": [y, z]}, lambda out: out["all"]),
+    "maps of features": (
+        lambda x, y, z: (x, [y.view(2, 2, 2, -1), z.view(2, 2, 2, -1), y]),
+        lambda out: out[1],
+    ),
+}
+
+
+class Answering(nn.Module):
+    """y: a whole result, z: one that would be cut by columns, x: the input."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+        self.mlp, self.head = Pair(), nn.Linear(WIDTH, 64)
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.mlp(x)
+        return ANSWERS[self.name][0](x, y, self.head(y))
+
+
+class Mixture(nn.Module):
+    """One expert a token, by its id; all of them only over many tokens. kind: of the container."""
+
+    def __init__(self, kind: str, count: int = 12) -> None:
+        super().__init__()
+        every = [Pair(48 + 2 * i if kind == "unlike" else 48) for i in range(count)]
+        named = {f"expert_{i}": each for i, each in enumerate(every)}
+        self.experts = nn.ModuleDict(named) if kind == "dict" else nn.ModuleList(every)
+
+    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+        few = 3 if ids.numel() <= 64 else len(self.experts)  # what guessed inputs reach
+        y = torch.zeros_like(x)
+        every = list(self.experts.children())
+        for number in range(few):
+            rows = (ids % few == number).nonzero()[:, 0]
+            y.index_add_(0, rows, every[number](x[rows]) * 0.5)
+        return y
+
+
+class Mixed(nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.embed, self.mixture, self.norm = nn.Embedding(256, WIDTH), Mixture(kind), nn.LayerNorm(WIDTH)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        ids = input_ids.reshape(-1)
+        x = self.embed(ids)
+        y: Tensor = self.norm(x + self.mixture(x, ids))
+        return y.view(*input_ids.shape, -1)
+
+
+def _gap(got: list[Tensor], wanted: list[Tensor]) -> float:
+    assert [t.shape for t in got] == [t.shape for t in wanted]
+    return max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(got, wanted, strict=True))
+
+
+def _answers(name: str) -> tuple[float, int]:
+    torch.manual_seed(0)
+    model, x = Answering(name).eval(), torch.randn(4, WIDTH)
+    read = ANSWERS[name][1]
+    with torch.no_grad():
+        wanted = read(model(x))
+        shard(model, init_mesh(), example_inputs=(x,), cache=False)
+        return _gap(read(model(x)), wanted), int(model.mlp.up.weight.shape[0])
+
+
+def _experts(kind: str) -> tuple[float, list[int]]:
+    torch.manual_seed(0)
+    model, ids = Mixed(kind).eval(), torch.arange(96).view(1, 96)
+    with torch.no_grad():
+        wanted = [model(ids)]
+        shard(model, init_mesh(), cache=False)
+        return _gap([model(ids)], wanted), [
+            int(each.up.weight.shape[0]) for each in model.mixture.experts.children()
+        ]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_deep_answers_are_whole(world: int) -> None:
+    for name in ANSWERS:
+        for gap, neurons in run_ranks(world, _answers, name):
+            print(f"{name}, world {world}: {gap:.1e}")
+            assert gap <= TOLERANCE, name
+            assert neurons == 48 // world, f"the MLP before {name} is not divided"
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("kind", ["list", "dict", "unlike"])
+def test_experts_that_no_example_reaches_count_once(kind: str, world: int) -> None:
+    for gap, neurons in run_ranks(world, _experts, kind):
+        print(f"{kind}, world {world}: {gap:.1e}, neurons {neurons}")
+        assert gap <= TOLERANCE
+        assert kind == "unlike" or neurons == [48 // world] * 12, "alike experts divide alike"
