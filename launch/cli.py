@@ -24,13 +24,14 @@ from .topology import HostTopology, read_topology
 
 _USAGE_ERROR = 2
 _DOCTOR = "doctor"
+MOST_RANKS = 4096  # on one host
 _EXAMPLES = """\
 examples:
   tp-launch --nproc 2 --numa generate.py --model smollm2-135m --prompt "Hello"
   tp-launch --nproc 8 --dry-run              who would run where; starts nothing
   tp-launch --nproc 8 --dry-run --json       the same for programs
   tp-launch --nproc 4 --numa --log-dir logs my_script.py --my-flag 3
-  tp-launch --nproc 2 --numa --nnodes 2 --node-rank 0 --rdzv-endpoint 10.0.0.1:29400 serve.py
+  tp-launch --nproc 2 --numa --nnodes 2 --node-rank 0 --rdzv-endpoint 10.0.0.1:29400 generate.py
   tp-launch --capture host.tar               this host's topology, for a bug report
   tp-launch doctor                           what costs speed here, and how to mend it
 """
@@ -88,6 +89,8 @@ def _validate(arguments: argparse.Namespace) -> None:
     ):
         if value is not None and value < least:
             raise LaunchError(f"{name} {value}: at least {least} is needed; use {name} {least} or more")
+    if arguments.nproc > MOST_RANKS:
+        raise LaunchError(f"--nproc {arguments.nproc}: more than {MOST_RANKS} ranks on one host are refused")
     for name, value in (
         ("--grace-period", arguments.grace_period),
         ("--collective-timeout", arguments.collective_timeout),
@@ -100,6 +103,11 @@ def _validate(arguments: argparse.Namespace) -> None:
     if arguments.nnodes == 1 and arguments.rdzv_endpoint is not None:
         raise LaunchError(
             "--rdzv-endpoint is for jobs over several hosts; add --nnodes N and --node-rank, or drop it"
+        )
+    if arguments.nnodes == 1 and arguments.node_rank not in (None, 0):
+        raise LaunchError(
+            f"--node-rank {arguments.node_rank} is for jobs over several hosts; add --nnodes N and "
+            "--rdzv-endpoint, or drop it"
         )
     if (arguments.numa_strict or arguments.verify_placement) and not (arguments.numa or arguments.dry_run):
         raise LaunchError("--numa-strict and --verify-placement are about a placement; add --numa")
@@ -214,9 +222,12 @@ def _doctor(words: list[str]) -> int:
 
 def _cpu_list(text: str) -> tuple[int, ...]:
     try:
-        return parse_list(text)
+        found = parse_list(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of CPUs such as 0-15,32") from None
+        found = ()
+    if not found:  # also of an empty text, and of a range that runs backwards
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of CPUs such as 0-15,32")
+    return found
 
 
 class _Parser(argparse.ArgumentParser):
@@ -241,9 +252,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_placement(parser.add_argument_group("placement"))
     _add_views(parser.add_argument_group("looking without starting anything"))
     _add_job(parser.add_argument_group("the job"))
-    parser.add_argument(
-        "script", nargs="?", metavar="SCRIPT", help="a Python file, or generate.py, serve.py, bench.py"
-    )
+    parser.add_argument("script", nargs="?", metavar="SCRIPT", help="a Python file, or generate.py, bench.py")
     parser.add_argument("args", nargs=argparse.REMAINDER, metavar="ARGS", help="the script's own arguments")
     return parser
 

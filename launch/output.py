@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import LaunchError
-from .reports import parse
+from .reports import MARK, parse
 
 Report = Callable[[int, dict[str, Any]], None]
 _CHUNK = 1 << 16
@@ -147,8 +147,13 @@ class RankOutput:
         else:
             stream.pending, stream.pending_since = rest, time.monotonic()
         for line in lines:
-            document = parse(line) if stream.is_stderr else None
+            before, mark, after = line.partition(MARK)
+            document = parse(mark + after) if stream.is_stderr and mark else None
             if document is not None:
+                # What a progress bar or a prompt left without an end of line gets one.
+                stream.last_line = before if before.strip() else stream.last_line
+                if before or stream.shown and not stream.at_line_start:
+                    self._show(stream, before + b"\n")
                 self.on_report(stream.local_rank, document)
                 continue
             stream.last_line = line if line.strip() else stream.last_line

@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import json
 import socket
+import threading
 import time
 from datetime import timedelta
 
@@ -46,6 +47,30 @@ def serve_store(address: str, port: int) -> TCPStore:
         wait_for_workers=False,
         master_listen_fd=listener.detach(),
     )
+
+
+def _client(host: str, port: int, limit_s: float) -> TCPStore:
+    """The store served there. Raises TimeoutError, or RuntimeError, where something else listens.
+
+    TCPStore keeps to no time limit while it waits for the first answer, hence the thread; one that waits on
+    is left behind, and ends with the process.
+    """
+    found: list[TCPStore | Exception] = []
+
+    def connect() -> None:
+        try:
+            found.append(TCPStore(host, port, is_master=False, timeout=timedelta(seconds=_STORE_TIMEOUT_S)))
+        except RuntimeError as error:
+            found.append(error)
+
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(limit_s)
+    if not found:
+        raise TimeoutError("what listens there is no launcher")
+    if isinstance(found[0], Exception):
+        raise found[0]
+    return found[0]
 
 
 class LoopbackRendezvous(RendezvousHandler):
@@ -177,8 +202,8 @@ class EndpointRendezvous(LoopbackRendezvous):
         while True:
             try:
                 socket.create_connection((self._address, port), timeout=2.0).close()
-                return TCPStore(host, port, is_master=False, timeout=timedelta(seconds=_STORE_TIMEOUT_S))
-            except OSError as error:
+                return _client(host, port, max(1.0, deadline - time.monotonic()))
+            except (OSError, RuntimeError) as error:
                 if time.monotonic() > deadline:
                     raise LaunchError(
                         f"--rdzv-endpoint {host}:{port}: no launcher answers there within "

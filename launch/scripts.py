@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.machinery
 import importlib.util
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import LaunchError
 
-BUNDLED = ("bench", "generate", "serve")
+BUNDLED = ("bench", "generate")
 _PACKAGE = __name__.split(".")[0]
 
 
@@ -34,8 +36,13 @@ class Script:
 def resolve(name: str, as_module: bool = False) -> Script:
     """The program called `name`. Raises LaunchError where there is none."""
     if as_module:
+        folders = [os.getcwd(), *sys.path]  # ranks look here first, this program does not
+        if importlib.machinery.PathFinder.find_spec(name.partition(".")[0], folders) is None:
+            raise LaunchError(f"-m {name}: no module is called so here; install it, or set PYTHONPATH")
         return Script(name, name)
     if os.path.isfile(name):
+        if not os.access(name, os.R_OK):
+            raise LaunchError(f"script {name!r} may not be read by this user; change its permissions")
         return Script(name)
     stem = Path(name).stem
     bundled = [stem for stem in BUNDLED if importlib.util.find_spec(f"{_PACKAGE}.{stem}") is not None]

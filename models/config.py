@@ -108,13 +108,14 @@ class ModelConfig:
         window, first = _window_from_hf(raw, family, num_layers)
         theta, scaling = _rope_from_hf(raw)
         eos = raw.get("eos_token_id")
+        kv_heads = raw.get("num_key_value_heads")
         return cls(
             vocab_size=_required(raw, "vocab_size"),
             hidden_size=hidden_size,
             intermediate_size=_required(raw, "intermediate_size"),
             num_layers=num_layers,
             num_heads=num_heads,
-            num_kv_heads=raw.get("num_key_value_heads") or num_heads,
+            num_kv_heads=num_heads if kv_heads is None else kv_heads,
             head_dim=head_dim,
             max_position_embeddings=_required(raw, "max_position_embeddings"),
             rms_norm_eps=raw.get("rms_norm_eps", 1e-6),

@@ -7,6 +7,7 @@ SamplingParams   how one sequence is sampled; belongs to the row, never to the b
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import asdict, dataclass, fields, replace
 from numbers import Integral, Real
 from typing import Any
@@ -32,7 +33,7 @@ def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
 
 def _at_least(name: str, value: float | None, least: float) -> None:
     if value is not None and (not math.isfinite(value) or value < least):
-        raise ConfigError(f"--{name.replace('_', '-')} {value} is too small; the least is {least:g}")
+        raise ConfigError(f"--{name.replace('_', '-')} {value} is out of range; the least is {least:g}")
 
 
 _KINDS: dict[str, tuple[type, str]] = {
@@ -111,6 +112,9 @@ class EngineConfig:
     speculate_exact: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("model", "weights", "draft"):
+            if isinstance(getattr(self, name), os.PathLike):
+                object.__setattr__(self, name, os.fspath(getattr(self, name)))
         _check_types(self, ConfigError)
         if self.dtype is not None:
             _one_of("dtype", self.dtype, DTYPES)
@@ -125,6 +129,11 @@ class EngineConfig:
             _at_least(name, getattr(self, name), 1)
         _at_least("collective_timeout", self.collective_timeout_s, 1)
         _at_least("load_timeout", self.load_timeout_s, 1)
+        if self.int4_asym and not any(
+            (name or "").removeprefix("self:").startswith("int4")
+            for name in (self.quant, self.head_quant, self.draft_quant, self.draft)
+        ):
+            raise ConfigError(f"--int4-asym is about int4 and --quant is {self.quant}; leave it away")
         self._check_draft()
 
     def _check_draft(self) -> None:
@@ -145,10 +154,17 @@ class EngineConfig:
         idle = [flag for flag, is_given in given.items() if is_given]
         if self.draft is None and idle:
             raise ConfigError(f"{idle[0]} says how to draft and no draft is given; add --draft")
+        if self.draft == "lookup" and self.draft_ranks != "auto":
+            raise ConfigError("--draft-ranks is for drafts that are models, not for lookup; leave it away")
 
     def with_changes(self, **changes: Any) -> EngineConfig:
         """A validated copy with some fields changed."""
         return replace(self, **changes)
+
+    @classmethod
+    def field_names(cls) -> tuple[str, ...]:
+        """The names of all settings."""
+        return tuple(f.name for f in fields(cls))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for --print-config and reports."""
@@ -205,9 +221,9 @@ class SamplingParams:
 
 
 _SAMPLING_LIMITS = (
-    ("max_new_tokens", 1, 1 << 30, "is at least 1"),
+    ("max_new_tokens", 1, 1 << 30, "lies in 1..2^30"),
     ("temperature", 0.0, 100.0, "lies in 0..100 and 0 is greedy"),
-    ("top_k", 0, 1 << 30, "is 0 (off) or more"),
+    ("top_k", 0, 1 << 30, "lies in 0 (off) .. 2^30"),
     ("top_p", 1e-9, 1.0, "lies above 0 and at most at 1 (off)"),
     ("min_p", 0.0, 1.0, "lies in 0 (off) .. 1"),
     ("repetition_penalty", 0.0, 100.0, "lies above 0 and 1 switches it off"),

@@ -99,6 +99,14 @@ def get_float(name: str, environ: Mapping[str, str] | None = None) -> float | No
     return number
 
 
+def get_seconds(name: str, environ: Mapping[str, str] | None = None) -> float | None:
+    """The value as a number of seconds above 0. Raises ConfigError where it is none."""
+    number = get_float(name, environ)
+    if number is not None and number <= 0:
+        raise ConfigError(f"{name}={number:g} is no positive number of seconds; unset it or give one")
+    return number
+
+
 def get_flag(name: str, environ: Mapping[str, str] | None = None) -> bool:
     """True for 1, true, yes, on; False for 0, false, no, off, empty or unset. Else ConfigError."""
     value = (get(name, environ) or "").strip().lower()

@@ -9,8 +9,15 @@ import logging
 import sys
 
 from . import env
+from .errors import ConfigError
 
 _SAID: set[str] = set()
+_LEVELS = {
+    "debug": logging.DEBUG,
+    "info": logging.INFO,
+    "warning": logging.WARNING,
+    "error": logging.ERROR,
+}
 
 
 class _Prefix(logging.Formatter):
@@ -21,6 +28,13 @@ class _Prefix(logging.Formatter):
         return f"{where}{level}{record.getMessage()}"
 
 
+def _level() -> int:
+    asked = (env.get("TP_LOG_LEVEL") or "info").lower()
+    if asked not in _LEVELS:
+        raise ConfigError(f"TP_LOG_LEVEL={asked!r} is not known; use one of: {', '.join(_LEVELS)}")
+    return _LEVELS[asked]
+
+
 def get_logger() -> logging.Logger:
     """The project's logger; its handler and level are set on the first call."""
     logger = logging.getLogger("tp_runtime")
@@ -28,7 +42,7 @@ def get_logger() -> logging.Logger:
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(_Prefix())
         logger.addHandler(handler)
-        logger.setLevel((env.get("TP_LOG_LEVEL") or "info").upper())
+        logger.setLevel(_level())
         logger.propagate = False
     return logger
 

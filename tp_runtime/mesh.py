@@ -40,7 +40,7 @@ def init_mesh(*, device: str = "cpu", timeout_s: float | None = None) -> DeviceM
             env.set_default("GLOO_SOCKET_IFNAME", "lo")
         store = _rank_store(world)
         if timeout_s is None:
-            timeout_s = env.get_float("TP_COLLECTIVE_TIMEOUT") or DEFAULT_TIMEOUT_S
+            timeout_s = env.get_seconds("TP_COLLECTIVE_TIMEOUT") or DEFAULT_TIMEOUT_S
         dist.init_process_group(
             backend,
             init_method="env://" if store is None else None,
@@ -67,6 +67,8 @@ def tp_rank(mesh: DeviceMesh) -> int:
 
 def tp_size(mesh: DeviceMesh) -> int:
     """Number of ranks on the "tp" axis. Raises ConfigError where the mesh has none."""
+    if not isinstance(mesh, DeviceMesh):
+        raise ConfigError(f"{mesh!r} is no DeviceMesh; make one with tp_runtime.init_mesh()")
     names = mesh.mesh_dim_names or ()
     if TP_AXIS not in names:
         raise ConfigError(f"the mesh has axes {list(names)} and none is called {TP_AXIS!r}; name one so")

@@ -62,6 +62,11 @@ def gguf(folder: Path, content: bytes) -> list[str]:
     return ["generate.py", "--model", str(path), *PROMPT]
 
 
+def pipe(folder: Path) -> list[str]:
+    os.mkfifo(folder / "model.gguf")
+    return ["generate.py", "--model", str(folder / "model.gguf"), *PROMPT]
+
+
 def long_prompt(folder: Path) -> list[str]:
     (folder / "long.txt").write_text("word " * 3000)
     return ["generate.py", "--context", "512", "--prompt-file", str(folder / "long.txt")]
@@ -102,6 +107,16 @@ CASES: dict[str, tuple[Make, str]] = {
     "2**60 tensors": (lambda f: gguf(f, b"GGUF" + struct.pack("<IQQ", 3, 1 << 60, 0)), "model.gguf"),
     "2**62-byte string": (
         lambda f: gguf(f, b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 1 << 62) + b"x" * 64), "model.gguf",
+    ),
+    "a pipe": (pipe, "no regular file"),
+    "no KV heads": (
+        lambda f: ["generate.py", "--model", str(tiny_model(f, num_key_value_heads=0)), *PROMPT], "num_kv_heads",
+    ),
+    "offsets without int4": (
+        lambda f: ["generate.py", "--quant", "int8", "--int4-asym", *PROMPT], "--int4-asym is about int4",
+    ),
+    "ranks of a lookup": (
+        lambda f: ["generate.py", "--draft", "lookup", "--draft-ranks", "one", *PROMPT], "--draft-ranks is for",
     ),
     "another shape": (
         lambda f: ["generate.py", "--model", str(tiny_model(f, intermediate_size=96)), *PROMPT], "gate_proj",

@@ -233,6 +233,22 @@ def test_the_port_is_busy(tmp_path: Path) -> None:
     assert len(outcome.stderr.splitlines()) == 1
 
 
+def test_something_else_listens_where_node_0_should(tmp_path: Path) -> None:
+    with socket.socket() as other:  # accepts, and never answers
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        endpoint = f"127.0.0.1:{other.getsockname()[1]}"
+        words = ["--nnodes", "2", "--node-rank", "1", "--rdzv-endpoint", endpoint, "--rdzv-timeout", "2"]
+        job = Launch([*words, str(SCRIPTS / "stages.py")], tmp_path)
+        outcome = job.wait(LIMIT_S + 10.0)  # torch is loaded first
+    assert outcome.code == 2
+    assert job.leftovers([]) == []
+    assert outcome.stderr.startswith(
+        f"error: --rdzv-endpoint {endpoint}: no launcher answers there within 2 s"
+    )
+    assert len(outcome.stderr.splitlines()) == 1
+
+
 def test_the_other_host_does_not_come(tmp_path: Path) -> None:
     words = ["--nnodes", "2", "--node-rank", "0", "--rdzv-endpoint", "127.0.0.1:29417", "--rdzv-timeout", "1"]
     outcome = Launch([*words, str(SCRIPTS / "stages.py")], tmp_path).wait(LIMIT_S + 10.0)

@@ -68,6 +68,21 @@ def test_reports_are_heard_and_not_shown(
     assert ranks.last_line(1) == "not a report"
 
 
+@pytest.mark.parametrize("flushed", [False, True])
+def test_a_report_after_an_unfinished_line_is_heard(
+    flushed: bool,
+    ranks: output.RankOutput,
+    told: list[tuple[int, dict[str, Any]]],
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    write(ranks, 1, b"loading 40%")
+    if flushed:
+        ranks.flush_partial_lines(time.monotonic() + 1.0)
+    write(ranks, 1, b'\x1e{"kind": "exits", "code": 4}\nlast\n')
+    assert told == [(1, {"kind": "exits", "code": 4})]
+    assert capfd.readouterr().err == "[rank 5] loading 40%\n[rank 5] last\n"
+
+
 def test_what_is_held_comes_after_the_first_word(
     ranks: output.RankOutput, capfd: pytest.CaptureFixture[str]
 ) -> None:

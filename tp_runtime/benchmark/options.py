@@ -273,6 +273,8 @@ def _check_numbers(args: Namespace) -> None:
                 f"--{name.replace('_', '-')} {value} is too small; the least is {least}"
                 + (": the first token is prefill's" if name == "new_tokens" else "")
             )
+    if not getattr(args, "minutes", 1.0) > 0:
+        raise ConfigError(f"--minutes {args.minutes:g} is out of range; give a number above 0")
     for name in getattr(args, "models", ()):
         if registry.find(name) is None:
             raise ConfigError(f"no model is called {name!r}; the names are {', '.join(registry.names())}")

@@ -94,6 +94,8 @@ def is_gguf(path: Path) -> bool:
     if path.suffix == ".gguf":
         return True
     try:
+        if not path.is_file():  # opening a pipe would wait for a writer
+            return False
         with path.open("rb") as file:
             return file.read(4) == b"GGUF"
     except OSError:  # a folder, or a file that whoever opens it next will complain about
@@ -107,6 +109,8 @@ def read_gguf_header(path: Path, *, keep_arrays: bool = False) -> GGUFHeader:
     Raises CheckpointError where the file cannot be read, is truncated, claims what it cannot hold, or has
     a tensor of a type outside BLOCK_TYPES.
     """
+    if path.exists() and not path.is_file():
+        raise CheckpointError(f"{path} is no regular file; give a GGUF file")
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _Walk(path, data, keep_arrays).header()

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
-from ..errors import ShardingError
+from ..errors import ConfigError, ShardingError
 from ..layout import WeightFormat, WeightLayout, weight_format
 from ..quant.divisible import DivisibleQuantLinear
 from ..quant.linear import QuantLinear
@@ -33,6 +33,8 @@ def quantize(model: nn.Module, format: str, *, skip: Iterable[str] = ()) -> nn.M
     form = weight_format(format)
     if form is None:
         return model
+    if type(model) is nn.Linear:
+        raise ConfigError("the model is itself an nn.Linear, which cannot be replaced; wrap it in a module")
     state = applied(model)
     plans = {} if state is None else {w.name: w for w in state.plan.weights}
     shared = _shared(model)

@@ -40,6 +40,7 @@ from .cuda_fuse import fuse_projections
 from .device import pick_device, pick_dtype, refuse_cache_dtype
 from .figures import weight_bytes_per_token
 from .fused import join_projections, share_tied_table
+from .graph_cache import drop_unfinished
 from .host_memory import host_free_bytes
 from .kv_cache import CacheShape, KVCache
 from .memory import (
@@ -101,6 +102,9 @@ def build_runner(source: ModelSource, config: EngineConfig, mesh: DeviceMesh, de
     if compiler is not None:
         env.set_default("CXX", compiler)  # for inductor, which by itself looks for g++ alone
     compile = config.compile and compiler is not None and device == "cpu"
+    graphs = env.get_path("TORCHINDUCTOR_CACHE_DIR")
+    if compile and graphs is not None:
+        drop_unfinished(graphs)
     if config.compile and not compile and device == "cpu":
         once("no C++ compiler is found, so the step is not compiled; install g++, or say --no-compile")
     if config.threads is not None:

@@ -8,8 +8,9 @@ stop, a length or a seed, so ranks cannot drift apart.
 from __future__ import annotations
 
 import json
+import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from types import TracebackType
 from typing import Any
@@ -22,7 +23,7 @@ from .. import env
 from .. import mesh as meshes
 from ..collectives import attach
 from ..config import EngineConfig, SamplingParams
-from ..errors import CollectiveError, RequestError
+from ..errors import CollectiveError, ConfigError, RequestError
 from ..text import Tokenizer
 from ..text.byte_tokenizer import ByteTokenizer
 from . import sampling
@@ -58,8 +59,16 @@ class LLM:
     ConfigError, ModelNotFoundError, CheckpointError, TokenizerError, ShardingError or MemoryLimitError.
     """
 
-    def __init__(self, model: str | None = None, *, measure_ceiling: bool = False, **settings: Any) -> None:
-        self.config = EngineConfig(model=model, **settings)
+    def __init__(
+        self, model: str | os.PathLike[str] | None = None, *, measure_ceiling: bool = False, **settings: Any
+    ) -> None:
+        unknown = [name for name in settings if name not in EngineConfig.field_names()]
+        if unknown:
+            raise ConfigError(
+                f"LLM has no setting {unknown[0]!r}; it has {', '.join(EngineConfig.field_names())}"
+            )
+        self.config = EngineConfig(model=model, **settings)  # type: ignore[arg-type]
+        self._closed = False
         self.source = resolve(
             self.config.model,
             weights=self.config.weights,
@@ -75,7 +84,7 @@ class LLM:
         with device_memory_errors(self.world_size):
             self._make_ready(device)
         limit_s = (
-            self.config.collective_timeout_s or env.get_float("TP_COLLECTIVE_TIMEOUT") or DECODE_TIMEOUT_S
+            self.config.collective_timeout_s or env.get_seconds("TP_COLLECTIVE_TIMEOUT") or DECODE_TIMEOUT_S
         )
         self._channel = Channel(
             self.runner.group, limit_s=limit_s, patience_s=max(limit_s, self.config.load_timeout_s)
@@ -109,6 +118,8 @@ class LLM:
 
         Raises RequestError for an empty prompt, one that leaves no room in the context, or unknown ids.
         """
+        if not isinstance(prompt, Iterable):
+            raise RequestError(f"a prompt is {prompt!r}; give a text, chat messages or token ids")
         if isinstance(prompt, str):
             ids = self.tokenizer.encode(prompt) if prompt else []
         elif prompt and isinstance(prompt[0], Mapping):
@@ -151,6 +162,10 @@ class LLM:
         each = (
             [params or SamplingParams()] * len(prompts) if not isinstance(params, Sequence) else list(params)
         )
+        if not all(isinstance(its, SamplingParams) for its in each):
+            raise RequestError("params is no SamplingParams (nor a list of them); give SamplingParams(...)")
+        if self._closed:
+            raise RequestError("this LLM is closed; make another one")
         if len(each) != len(prompts):
             raise RequestError(
                 f"{len(prompts)} prompts came with {len(each)} sampling parameters; give one each"
@@ -180,6 +195,7 @@ class LLM:
 
     def close(self) -> None:
         """Let the other ranks go. Idempotent."""
+        self._closed = True
         self._channel.close()
 
     def __enter__(self) -> LLM:

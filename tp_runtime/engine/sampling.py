@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..config import SamplingParams
+from ..errors import CheckpointError
 
 _MASK = (1 << 64) - 1
 _HEAD = 512  # likeliest tokens that are sorted first
@@ -134,12 +135,26 @@ def _largest(logits_V: Tensor) -> int:
     return int(logits_V.argmax())
 
 
+def _refuse_nan(value: float, position: int) -> None:
+    if math.isnan(value):
+        raise CheckpointError(
+            f"the logits of position {position} are not numbers: the weights hold NaN, or the model "
+            "overflows in this dtype; check the files, or use --dtype bf16 or fp32"
+        )
+
+
 def sample(
     logits_V: Tensor, params: SamplingParams, prompt: Sequence[int], output: Sequence[int], position: int
 ) -> int:
-    """The token at `position`, after `prompt` and `output`. logits_V: [V], any float dtype."""
+    """The token at `position`, after `prompt` and `output`. logits_V: [V], any float dtype.
+
+    Raises CheckpointError where one of them is NaN.
+    """
     if params.plain_greedy:
-        return _largest(logits_V)
+        token = _largest(logits_V)  # of NaN where there is any
+        _refuse_nan(float(logits_V[token]), position)
+        return token
+    _refuse_nan(float(logits_V.max()), position)
     if params.temperature == 0:
         return int(penalise(logits_V.float(), params, prompt, output).argmax())
     ids, probs = _candidates(logits_V, params, prompt, output)

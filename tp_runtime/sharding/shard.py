@@ -46,7 +46,7 @@ def plan(
     world = mesh if isinstance(mesh, int) else tp_size(mesh)
     if world < 1:
         raise ShardingError(f"a model cannot be divided over {world} ranks; ask for 1 or more")
-    _refuse_sharded(model)
+    _refuse_other(model)
     if isinstance(plan, ShardPlan):
         if verify:
             prove(model, plan, example_inputs)
@@ -72,7 +72,10 @@ def plan(
     return found
 
 
-def _refuse_sharded(model: nn.Module) -> None:
+def _refuse_other(model: nn.Module) -> None:
+    """Raise ShardingError for what is no model, or one that is sharded."""
+    if not isinstance(model, nn.Module):
+        raise ShardingError(f"{model!r} is no torch.nn.Module; give a model")
     for path, module in model.named_modules():
         if applied(module) is not None:
             raise ShardingError(f"{path or 'the model'} is sharded already; unshard it first")
@@ -115,7 +118,7 @@ def shard(
     that cannot be traced, that a declared plan does not fit, or that has too few units for the mesh.
     """
     world, rank, group = tp_size(mesh), tp_rank(mesh), tp_group(mesh)
-    _refuse_sharded(model)
+    _refuse_other(model)
     wanted = plan
 
     def find() -> ShardPlan:

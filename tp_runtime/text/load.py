@@ -55,7 +55,10 @@ def _from_directory(directory: Path) -> Tokenizer:
     except (TokenizerError, MemoryError):
         raise
     except Exception as error:  # what tokenizers and sentencepiece raise has no type of its own
-        raise TokenizerError(f"the tokenizer in {directory} cannot be used: {_one_line(error)}") from error
+        name = "tokenizer.json" if (directory / "tokenizer.json").is_file() else "tokenizer.model"
+        raise TokenizerError(
+            f"{directory / name} cannot be used: {_one_line(error)}; give a readable file of a known kind"
+        ) from error
     raise TokenizerError(
         f"no tokenizer in {directory}: neither tokenizer.json nor tokenizer.model is there; copy one of them"
         " from where the weights come from"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
 
-from tp_runtime import generate
+from tp_runtime import env, generate, log
 from tp_runtime.config import EngineConfig, SamplingParams
 from tp_runtime.errors import ConfigError, RequestError, TPError
 from tp_runtime.flags import Parser, add_engine_flags, add_sampling_flags, configurations
@@ -94,6 +95,27 @@ def test_an_fp8_cache_on_cpus() -> None:
     with pytest.raises(ConfigError, match="fp8 was asked for on CPUs.*--cache-dtype int8") as caught:
         generate.check([*words, "--cache-dtype", "fp8"], 1)
     assert "\n" not in str(caught.value)
+
+
+def test_paths_are_taken_for_models() -> None:
+    config = EngineConfig(model=Path("m"), weights=Path("w"), draft=Path("d"))  # type: ignore[arg-type]
+    assert (config.model, config.weights, config.draft) == ("m", "w", "d")
+
+
+@pytest.mark.parametrize("name", ["loud", ""])
+def test_an_unknown_log_level(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TP_LOG_LEVEL", name)
+    if not name:
+        assert log._level() == logging.INFO
+        return
+    with pytest.raises(ConfigError, match="'loud' is not known; use one of: debug, info, warning, error"):
+        log._level()
+
+
+def test_a_timeout_is_above_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TP_COLLECTIVE_TIMEOUT", "-3")
+    with pytest.raises(ConfigError, match="TP_COLLECTIVE_TIMEOUT=-3 is no positive number of seconds"):
+        env.get_seconds("TP_COLLECTIVE_TIMEOUT")
 
 
 def test_an_empty_stop_string_is_refused() -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tp_runtime.config import SamplingParams
 from tp_runtime.engine.sampling import Purpose, distribution, draw, logprobs, penalise, sample, uniform
+from tp_runtime.errors import CheckpointError
 
 V = 40
 
@@ -83,6 +84,14 @@ def test_greedy() -> None:
     punished = SamplingParams(frequency_penalty=100.0)
     best = int(logits.argmax())
     assert sample(logits, punished, (), (best,), 3) != best
+
+
+@pytest.mark.parametrize("settings", [{}, {"repetition_penalty": 1.1}, {"temperature": 1.0, "top_p": 0.9}])
+def test_nan_is_no_token(settings: dict) -> None:
+    logits_V = torch.randn(1000)
+    logits_V[123] = torch.nan
+    with pytest.raises(CheckpointError, match="logits of position 7 are not numbers.*--dtype bf16"):
+        sample(logits_V, SamplingParams(**settings), (1,), (2,), 7)
 
 
 def test_draws_follow_the_distribution() -> None:

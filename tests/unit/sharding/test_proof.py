@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from tp_testing.small_models import build
 
-from tp_runtime.errors import ShardingError
+from tp_runtime.errors import ConfigError, ShardingError
 from tp_runtime.sharding import inputs, planner, proof
 from tp_runtime.sharding import search as search_module
 from tp_runtime.sharding.apply import apply_plan
@@ -17,7 +17,7 @@ from tp_runtime.sharding.inputs import FEW_TOKENS, find_example
 from tp_runtime.sharding.plan_cache import structure_key
 from tp_runtime.sharding.proof import proof_copy, proof_size, short_vocabularies
 from tp_runtime.sharding.rules import DecoderShape, plan_decoder
-from tp_runtime.sharding.shard import plan
+from tp_runtime.sharding.shard import plan, shard
 from tp_runtime.sharding.surrogate import make_surrogate
 from tp_runtime.sharding.verify import ThreadCommunicator, _Meeting, proves
 
@@ -134,6 +134,16 @@ def test_a_plan_that_does_not_fit_changes_nothing() -> None:
     with pytest.raises(ShardingError, match="mlp.gate_proj.weight has shape"):
         apply_plan(other, made, ThreadCommunicator(_Meeting(2), 0))
     assert {name: tuple(p.shape) for name, p in other.named_parameters()} == before
+
+
+def test_what_is_no_mesh_or_no_model_is_one_sentence() -> None:
+    for wrong in ("x", 2.0, None):
+        with pytest.raises(ConfigError, match="is no DeviceMesh; make one with"):
+            plan(nn.Linear(8, 8), wrong)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="2 is no DeviceMesh"):
+        shard(nn.Linear(8, 8), 2)  # type: ignore[arg-type]
+    with pytest.raises(ShardingError, match="'x' is no torch.nn.Module"):
+        plan("x", 2)  # type: ignore[arg-type]
 
 
 def test_inputs_that_do_not_work_are_one_sentence() -> None:
