@@ -17,7 +17,7 @@ from tp_runtime import env
 from tp_runtime.benchmark import options
 from tp_runtime.benchmark.launching import RunFailed, run_ranks
 from tp_runtime.benchmark.options import Options
-from tp_runtime.errors import CollectiveError, ConfigError, TPError
+from tp_runtime.errors import ConfigError, TPError
 
 _IN_RANKS = ("kernels", "collectives", "decode")
 
@@ -204,8 +204,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except TPError as error:
         if env.get_int("TP_LAUNCHER_PID") is not None:
             raise  # the launcher says it, once
-        if (env.get_int("RANK") or 0) == 0 or isinstance(error, CollectiveError):
-            sys.stderr.write(f"error: {error}\n")
+        rank = env.get_int("RANK") or 0
+        sys.stderr.write(f"error: {error}\n" if rank == 0 else f"[rank {rank}] error: {error}\n")
         return 2
     return 0
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from tp_runtime import env
 from tp_runtime.config import EngineConfig, SamplingParams
-from tp_runtime.errors import CollectiveError, ConfigError, TPError
+from tp_runtime.errors import ConfigError, TPError
 from tp_runtime.flags import Parser, add_engine_flags, add_sampling_flags, configurations, print_config
 
 if TYPE_CHECKING:
@@ -209,8 +209,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except TPError as error:
         if env.get_int("TP_LAUNCHER_PID") is not None:
             raise  # the launcher says it, once
-        if rank == 0 or isinstance(error, CollectiveError):
-            sys.stderr.write(f"error: {error}\n")
+        # What is wrong may be wrong on this rank alone (another host's files, say).
+        sys.stderr.write(f"error: {error}\n" if rank == 0 else f"[rank {rank}] error: {error}\n")
         return 2
     except KeyboardInterrupt:  # Ctrl-C: end by that signal, as the shell expects, without a traceback
         signal.signal(signal.SIGINT, signal.SIG_DFL)
