@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from tp_testing.ranks import run_ranks
+from tp_testing.small_models import build
 
 from tp_runtime.mesh import init_mesh
 from tp_runtime.sharding.shard import shard
@@ -102,6 +103,20 @@ class Mixed(nn.Module):
         return y.view(*input_ids.shape, -1)
 
 
+class LowRank(nn.Module):
+    """A linear and a low-rank pair beside it (LoRA)."""
+
+    def __init__(self, base: nn.Linear, rank: int = 2) -> None:
+        super().__init__()
+        self.base = base
+        self.first = nn.Linear(base.in_features, rank, bias=False)
+        self.second = nn.Linear(rank, base.out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.base(x) + 2.0 * self.second(self.first(x))
+        return y
+
+
 def _gap(got: list[Tensor], wanted: list[Tensor]) -> float:
     assert [t.shape for t in got] == [t.shape for t in wanted]
     return max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(got, wanted, strict=True))
@@ -126,6 +141,32 @@ def _experts(kind: str) -> tuple[float, list[int]]:
         return _gap([model(ids)], wanted), [
             int(each.up.weight.shape[0]) for each in model.mixture.experts.children()
         ]
+
+
+def _low_rank(names: str) -> tuple[float, list[tuple[int, ...]]]:
+    model, ids = build("grouped", (6, 3))
+    for layer in model.layers:
+        for name in names:
+            setattr(layer[1], name, LowRank(getattr(layer[1], name)))
+    with torch.no_grad():
+        wanted = [model(ids)]
+        shard(model, init_mesh(), example_inputs=(ids,), cache=False)
+        gap = _gap([model(ids)], wanted)
+    first = model.layers[0][1]
+    return gap, [tuple(getattr(first, n).base.weight.shape) for n in names]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("names", ["ac", "abc", "d"])
+def test_a_low_rank_pair_leaves_its_projection_divided(names: str, world: int) -> None:
+    whole = {"a": 48, "b": 24, "c": 24, "d": 48}
+    outcomes = run_ranks(world, _low_rank, names)
+    for gap, shapes in outcomes:
+        print(f"{names}, world {world}: {gap:.1e}, {shapes}")
+        assert gap <= TOLERANCE
+    for place, name in enumerate(names):
+        dim = 1 if name == "d" else 0
+        assert sum(shapes[place][dim] for _, shapes in outcomes) == whole[name]
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])

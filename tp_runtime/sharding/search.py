@@ -31,6 +31,7 @@ from .trace.labels import COPIED, NORMAL, REPLICATED, SHARED, Misfit, Source, un
 from .trace.mode import Decisions, Trace
 
 MAX_TRACES = 60
+FEW = 4  # times as many weights decide where a few others beside them are cut
 
 
 @dataclass
@@ -334,12 +335,33 @@ class Search:
             if misfit.operand is not None and bool((misfit.operand > 0).any()):
                 self._undo_copies_of(analysis, misfit)
                 continue
+            reason = f"{misfit.op} in {misfit.module or 'the model'} needs an operand that is whole"
+            if misfit.terms is not None and self._low_rank_whole(analysis, misfit, reason):
+                continue
             if misfit.module not in known and misfit.module:
                 self.decisions.births.add(misfit.module)
                 continue
-            reason = f"{misfit.op} in {misfit.module or 'the model'} needs an operand that is whole"
             for family in self._families_of(analysis, misfit.labels.numpy().reshape(-1)):
                 self._first_whole(family, analysis.trace, reason)
+
+    def _low_rank_whole(self, analysis: Analysis, misfit: Misfit, reason: str) -> bool:
+        """Where a cut operand meets a sum over ranks and one of the two is of few weights (a low-rank pair
+        beside a projection), the first of these stays whole, so that the other is cut as without them.
+        """
+        assert misfit.terms is not None, "the operand is a partial sum"
+        summed = self._families_of(analysis, misfit.terms)
+        cut = self._families_of(analysis, misfit.labels.numpy().reshape(-1))
+        few, many = sorted((summed, cut), key=self._values)
+        if {id(f) for f in summed} & {id(f) for f in cut} or self._values(few) * FEW > self._values(many):
+            return False
+        for family in few:
+            self._first_whole(family, analysis.trace, reason)
+        return bool(few)
+
+    def _values(self, families: list[Family]) -> int:
+        """Of the weights of families."""
+        shapes = {n: p.numel() for n, p in self.surrogate.model.named_parameters()}
+        return sum(shapes.get(name, 0) for name in {n for f in families for n in f.sources})
 
     def _check_pins(self, analysis: Analysis) -> None:
         pins = analysis.trace.labels.pins

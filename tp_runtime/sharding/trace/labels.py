@@ -182,13 +182,15 @@ class Meet:
 @dataclass
 class Misfit:
     """A labelled result and an operand that is not hard: where the result is cut along a dim that the operand
-    spans, the operand must be cut alike. operand: its soft or SHARED labels, or None."""
+    spans, the operand must be cut alike. operand: its soft or SHARED labels, or None. terms: where it is a
+    partial sum, ids of the weights it is made of."""
 
     labels: Tensor
     operand: Tensor | None
     shape: tuple[int, ...]
     module: str
     op: str
+    terms: np.ndarray | None = None
 
 
 class Labels:
@@ -321,8 +323,11 @@ class Labels:
         shape: tuple[int, ...],
         module: str,
         op: str,
+        terms: list[np.ndarray | None] | None = None,
     ) -> Tensor | None:
-        """The labels of an element-wise result. operands: labels or None; shapes: the operands' own."""
+        """The labels of an element-wise result. operands: labels or None; shapes: the operands' own; terms:
+        ids of the weights of those that are partial sums.
+        """
         known = [labels for labels in operands if labels is not None]
         present = squeeze_each(known, len(shape))
         if not present:
@@ -340,9 +345,9 @@ class Labels:
         else:
             out = self._combine_soft(present, small)
         out = out.expand(shape)
-        for labels, own in zip(operands, shapes, strict=True):
+        for labels, own, ids in zip(operands, shapes, terms or [None] * len(shapes), strict=True):
             if prod(own) > 1 and (labels is None or not is_hard[id(labels)]):
-                self.misfits.append(Misfit(out, labels, own, module, op))
+                self.misfits.append(Misfit(out, labels, own, module, op, ids))
         return out
 
     def _join(self, a: Tensor, b: Tensor, module: str, op: str) -> Tensor:

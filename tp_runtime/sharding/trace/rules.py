@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -291,8 +292,14 @@ def _elementwise(trace: Trace, op: str, inplace: bool, args: Any, kwargs: Any, o
     if not all(_reaches(tuple(t.shape), shape) for t in ins):
         trace.fail_all(args, kwargs, f"{op} has no rule")
         return
+    sums = [trace.partials.get(t) for t in ins]
     labels = trace.labels.combine(
-        [trace.labels.get(t) for t in ins], [tuple(t.shape) for t in ins], shape, trace.where, op
+        [trace.labels.get(t) for t in ins],
+        [tuple(t.shape) for t in ins],
+        shape,
+        trace.where,
+        op,
+        [None if s is None else np.concatenate([leaf.ids for leaf in s.leaves()]) for s in sums],
     )
     if labels is not None:
         trace.labels.put(outs[0], labels)
