@@ -90,7 +90,7 @@ def _validate(arguments: argparse.Namespace) -> None:
         if value is not None and value < least:
             raise LaunchError(f"{name} {value}: at least {least} is needed; use {name} {least} or more")
     if arguments.nproc > MOST_RANKS:
-        raise LaunchError(f"--nproc {arguments.nproc}: more than {MOST_RANKS} ranks on one host are refused")
+        raise LaunchError(f"--nproc {arguments.nproc}: at most {MOST_RANKS} ranks run on one host; use fewer")
     for name, value in (
         ("--grace-period", arguments.grace_period),
         ("--collective-timeout", arguments.collective_timeout),

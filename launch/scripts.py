@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.machinery
 import importlib.util
 import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,8 +35,7 @@ class Script:
 def resolve(name: str, as_module: bool = False) -> Script:
     """The program called `name`. Raises LaunchError where there is none."""
     if as_module:
-        folders = [os.getcwd(), *sys.path]  # ranks look here first, this program does not
-        if importlib.machinery.PathFinder.find_spec(name.partition(".")[0], folders) is None:
+        if not _exists(name.partition(".")[0]):
             raise LaunchError(f"-m {name}: no module is called so here; install it, or set PYTHONPATH")
         return Script(name, name)
     if os.path.isfile(name):
@@ -52,6 +50,12 @@ def resolve(name: str, as_module: bool = False) -> Script:
         f"script {name!r} is no file here ({os.getcwd()}) and none of the bundled scripts "
         f"({', '.join(f'{stem}.py' for stem in bundled)}); give the path of a Python file"
     )
+
+
+def _exists(module: str) -> bool:
+    """Whether ranks would find a module of this name: they look here first, which this program does not."""
+    here = importlib.machinery.PathFinder.find_spec(module, [os.getcwd()])
+    return bool(module) and (here is not None or importlib.util.find_spec(module) is not None)
 
 
 def split(argv: list[str]) -> tuple[Script, list[str]]:

@@ -18,6 +18,7 @@ from tp_runtime.benchmark import options
 from tp_runtime.benchmark.launching import RunFailed, run_ranks
 from tp_runtime.benchmark.options import Options
 from tp_runtime.errors import ConfigError, TPError
+from tp_runtime.log import complain
 
 _IN_RANKS = ("kernels", "collectives", "decode")
 
@@ -187,6 +188,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The console script, and a rank's program; the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     in_job = env.is_set("RANK")
+    running = False
     try:
         if in_job and not env.get_flag("TP_CHECKED"):
             done = check(words, env.get_int("WORLD_SIZE") or 1)
@@ -197,6 +199,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return found
         if not in_job:
             return _start(found, words)
+        running = True
         _measure(found)
         _leave()
     except RunFailed as failed:
@@ -204,8 +207,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except TPError as error:
         if env.get_int("TP_LAUNCHER_PID") is not None:
             raise  # the launcher says it, once
-        rank = env.get_int("RANK") or 0
-        sys.stderr.write(f"error: {error}\n" if rank == 0 else f"[rank {rank}] error: {error}\n")
+        complain(error, of_input=not running)
         return 2
     return 0
 

@@ -129,11 +129,6 @@ class EngineConfig:
             _at_least(name, getattr(self, name), 1)
         _at_least("collective_timeout", self.collective_timeout_s, 1)
         _at_least("load_timeout", self.load_timeout_s, 1)
-        if self.int4_asym and not any(
-            (name or "").removeprefix("self:").startswith("int4")
-            for name in (self.quant, self.head_quant, self.draft_quant, self.draft)
-        ):
-            raise ConfigError(f"--int4-asym is about int4 and --quant is {self.quant}; leave it away")
         self._check_draft()
 
     def _check_draft(self) -> None:

@@ -21,6 +21,7 @@ from tp_runtime import env
 from tp_runtime.config import EngineConfig, SamplingParams
 from tp_runtime.errors import ConfigError, TPError
 from tp_runtime.flags import Parser, add_engine_flags, add_sampling_flags, configurations, print_config
+from tp_runtime.log import complain
 
 if TYPE_CHECKING:
     from tp_runtime.engine.llm import LLM
@@ -198,19 +199,20 @@ def _run(args: Namespace, engine: EngineConfig, sampling: SamplingParams) -> Non
 def main(argv: Sequence[str] | None = None) -> int:
     """Run in one rank; the exit code."""
     argv = sys.argv[1:] if argv is None else argv
-    rank = env.get_int("RANK") or 0
+    running = False
     try:
         if not env.get_flag("TP_CHECKED"):
             done = check(argv, env.get_int("WORLD_SIZE") or 1)
             if done is not None:
                 return done
         args = _parser().parse_args(list(argv))
-        _run(args, *configurations(args))
+        settings = configurations(args)
+        running = True
+        _run(args, *settings)
     except TPError as error:
         if env.get_int("TP_LAUNCHER_PID") is not None:
             raise  # the launcher says it, once
-        # What is wrong may be wrong on this rank alone (another host's files, say).
-        sys.stderr.write(f"error: {error}\n" if rank == 0 else f"[rank {rank}] error: {error}\n")
+        complain(error, of_input=not running)
         return 2
     except KeyboardInterrupt:  # Ctrl-C: end by that signal, as the shell expects, without a traceback
         signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -47,6 +47,15 @@ def get_logger() -> logging.Logger:
     return logger
 
 
+def complain(error: Exception, *, of_input: bool) -> None:
+    """Say a rank's error where no launcher does. of_input: all ranks of a host find it, and one of them says
+    it; else it may be wrong on this rank alone.
+    """
+    rank = env.get_int("RANK") or 0
+    if not of_input or (env.get_int("LOCAL_RANK") or 0) == 0:
+        sys.stderr.write(f"error: {error}\n" if rank == 0 else f"[rank {rank}] error: {error}\n")
+
+
 def once(message: str, level: int = logging.WARNING) -> None:
     """Say `message` once in this process, on the first rank of the host."""
     if message in _SAID:

@@ -112,9 +112,6 @@ CASES: dict[str, tuple[Make, str]] = {
     "no KV heads": (
         lambda f: ["generate.py", "--model", str(tiny_model(f, num_key_value_heads=0)), *PROMPT], "num_kv_heads",
     ),
-    "offsets without int4": (
-        lambda f: ["generate.py", "--quant", "int8", "--int4-asym", *PROMPT], "--int4-asym is about int4",
-    ),
     "ranks of a lookup": (
         lambda f: ["generate.py", "--draft", "lookup", "--draft-ranks", "one", *PROMPT], "--draft-ranks is for",
     ),

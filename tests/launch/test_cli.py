@@ -103,7 +103,7 @@ def test_no_torch(words: list[str]) -> None:
         (["--max-restarts", "-1", "x.py"], "--max-restarts -1: at least 0 is needed"),
         (["--cpus", "a-b", "x.py"], "'a-b' is no list of CPUs such as 0-15,32"),
         (["--cpus", "5-1", "x.py"], "'5-1' is no list of CPUs such as 0-15,32"),
-        (["--nproc", "99999", "--dry-run"], "--nproc 99999: more than 4096 ranks on one host are refused"),
+        (["--nproc", "99999", "--dry-run"], "--nproc 99999: at most 4096 ranks run on one host; use fewer"),
         (["--node-rank", "1", "x.py"], "--node-rank 1 is for jobs over several hosts; add --nnodes N"),
         (["-m", "no_such_package.run"], "-m no_such_package.run: no module is called so here"),
         (["--mem-policy", "striped", "--dry-run"], "--mem-policy 'striped' is unknown"),

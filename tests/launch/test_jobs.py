@@ -210,3 +210,8 @@ def test_a_module_runs_by_name(tmp_path: Path) -> None:
     (tmp_path / "my_module.py").write_text("import sys; print(__name__, sys.argv[1:])\n")
     outcome = Launch(["-m", "my_module", "--flag"], tmp_path).wait(START_S)
     assert (outcome.code, outcome.stdout) == (0, "__main__ ['--flag']\n"), outcome.stderr
+
+
+def test_an_installed_module_runs_by_name(tmp_path: Path) -> None:
+    outcome = Launch(["-m", "tp_runtime.env"], tmp_path).wait(START_S)
+    assert outcome.code == 0 and "TP_CACHE_DIR" in outcome.stdout, outcome.stderr

@@ -10,6 +10,7 @@ to `Decisions`, so the search ends.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
@@ -360,8 +361,11 @@ class Search:
 
     def _values(self, families: list[Family]) -> int:
         """Of the weights of families."""
-        shapes = {n: p.numel() for n, p in self.surrogate.model.named_parameters()}
-        return sum(shapes.get(name, 0) for name in {n for f in families for n in f.sources})
+        return sum(self._sizes.get(name, 0) for name in {n for f in families for n in f.sources})
+
+    @cached_property
+    def _sizes(self) -> dict[str, int]:
+        return {name: p.numel() for name, p in self.surrogate.model.named_parameters()}
 
     def _check_pins(self, analysis: Analysis) -> None:
         pins = analysis.trace.labels.pins

@@ -118,6 +118,27 @@ def test_a_timeout_is_above_zero(monkeypatch: pytest.MonkeyPatch) -> None:
         env.get_seconds("TP_COLLECTIVE_TIMEOUT")
 
 
+@pytest.mark.parametrize(
+    ("rank", "local_rank", "running", "says"),
+    [
+        (0, 0, False, "error: "), (1, 1, False, ""), (4, 0, False, "[rank 4] error: "),
+        (0, 0, True, "error: "), (1, 1, True, "[rank 1] error: "),
+    ],
+)  # fmt: skip
+def test_a_rank_says_its_error_once_a_host_or_for_itself(
+    rank: int,
+    local_rank: int,
+    running: bool,
+    says: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+    log.complain(ConfigError("why"), of_input=not running)
+    assert capsys.readouterr().err == (f"{says}why\n" if says else "")
+
+
 def test_an_empty_stop_string_is_refused() -> None:
     with pytest.raises(RequestError, match="stop string is empty"):
         settings("--stop", "")
