@@ -62,14 +62,15 @@ def shapes_of(models: str) -> list[Shape]:
     return found
 
 
-def candidates(kind: str, shape: Shape, chosen: bool) -> list[Any]:
+def candidates(kind: str, shape: Shape, rows: int, chosen: bool) -> list[Any]:
     """Tiles to time: every one, or the runtime's."""
     from tp_runtime.benchmark.kernels_cuda import make_weights
     from tp_runtime.kernels.cuda.linear import Tile, choose_tile
 
     _, _, n, k, gated = shape
     if chosen:
-        return [choose_tile(make_weights(kind, n, k, 1)[0][0], k, gated=gated, split=shape[1] != "head")]
+        weight = make_weights(kind, n, k, 1)[0][0]
+        return [choose_tile(weight, k, rows=rows, gated=gated, split=shape[1] != "head")]
     found = []
     splits = [1] if gated else [each for each in SPLITS if each == 1 or k // each >= 1024]
     if kind.startswith("int4"):
@@ -90,7 +91,7 @@ def compile_some(
 
     jobs: dict[tuple[Any, ...], tuple[str, Shape, Any]] = {}
     for kind, shape in itertools.product(kinds, shapes):
-        for tile in candidates(kind, shape, chosen):
+        for tile in candidates(kind, shape, rows, chosen):
             # What the compiled kernel depends on.
             even = shape[2] // (2 if shape[4] else 1) % tile.bn == 0, shape[3] % max(1, tile.bk) == 0
             jobs.setdefault(
@@ -131,7 +132,7 @@ def measure(
         size = sum(each.nbytes for each in one[0])
         weights = one + make_weights(kind, n, k, max(2, COPIES_BYTES // size))
         times = []
-        for tile in candidates(kind, shape, chosen):
+        for tile in candidates(kind, shape, rows, chosen):
             try:
                 run = chain(kind, weights, rows, k, tile, gated=gated, num_sums=NUM_SUMS)
                 times.append((graph_seconds(run, 3) / len(weights) * 1e6, tile))

@@ -152,7 +152,7 @@ class StepTimer:
         from tp_runtime.kernels.cuda.read_ceiling import graph_seconds
 
         def cut(linear: Any, name: str) -> Any:
-            return replace(linear, alone=tiles[name], several=tiles[name])
+            return replace(linear, tiles=(tiles[name],) * len(linear.tiles))
 
         def changed(layer: Any) -> Any:
             return replace(layer, **{n: cut(getattr(layer, n), n) for n in LINEARS if n != "head"})

@@ -71,18 +71,6 @@ def _measure(found: Options) -> None:
     sys.stdout.flush()
 
 
-def _leave() -> None:
-    """Close the ranks' groups together: one that ends while a peer's threads still serve it may abort.
-
-    Those of GPUs are left to the end of the process, as captured graphs may hold their communicators.
-    """
-    import torch.distributed as dist
-
-    if dist.is_initialized() and dist.get_backend() == "gloo":
-        dist.barrier()
-        dist.destroy_process_group()
-
-
 def _measure_decode(found: Options) -> tuple[dict[str, Any], bool]:
     from tp_runtime.benchmark import cuda, decode
 
@@ -201,7 +189,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _start(found, words)
         running = True
         _measure(found)
-        _leave()
+        from tp_runtime.mesh import leave_job
+
+        leave_job()
     except RunFailed as failed:
         return failed.code
     except TPError as error:

@@ -209,6 +209,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings = configurations(args)
         running = True
         _run(args, *settings)
+        from tp_runtime.mesh import leave_job
+
+        leave_job()
     except TPError as error:
         if env.get_int("TP_LAUNCHER_PID") is not None:
             raise  # the launcher says it, once

@@ -78,3 +78,14 @@ def tp_size(mesh: DeviceMesh) -> int:
 def tp_group(mesh: DeviceMesh) -> dist.ProcessGroup:
     """The process group of the "tp" axis."""
     return mesh.get_group(TP_AXIS)
+
+
+def leave_job() -> None:
+    """Close this process's groups; all ranks together, as the last thing they do.
+
+    One that ends while a peer's threads still serve it may abort, and NCCL complains of groups left open.
+    Graphs that hold sums of NCCL must be gone: it waits for them.
+    """
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()

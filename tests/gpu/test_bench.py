@@ -37,6 +37,7 @@ def tp_bench(words: list[str], timeout: float = 280) -> dict[str, Any]:
         env=environ,
     )
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    assert "destroy_process_group" not in done.stderr, "groups were left open"
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 

@@ -14,6 +14,7 @@ Legend: T tokens, H hidden size, S splits, D head_dim, V this rank's vocabulary,
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass
 from typing import cast
 
@@ -35,27 +36,27 @@ from .kv_cache import KVCache
 from .residual import ResidualNorm
 
 MOST_TOKENS = 16
+_TILED_TOKENS = (1, 8, MOST_TOKENS)  # up to so many tokens a linear has the same tile
 RING_STEPS = 64  # steps whose tokens wait to be read
 _NORM_COLUMNS = 256  # columns of one program of a sum: one word a thread, so that none waits twice
 
 
 @dataclass(frozen=True)
 class Linear:
-    """A weight of the step with its tiles, for one token and for several, and its bias."""
+    """A weight of the step with its tiles, one for each of _TILED_TOKENS, and its bias."""
 
     weight: PreparedWeight
     bias: Tensor | None
-    alone: Tile
-    several: Tile
+    tiles: tuple[Tile, ...]
     outputs: int
 
     def tile(self, count: int) -> Tile:
         """That of a step of `count` tokens."""
-        return self.alone if count == 1 else self.several
+        return self.tiles[bisect_left(_TILED_TOKENS, count)]
 
     @property
     def most_splits(self) -> int:
-        return max(self.alone.splits, self.several.splits)
+        return max(tile.splits for tile in self.tiles)
 
 
 @dataclass(frozen=True)
@@ -94,11 +95,11 @@ def _linear(module: nn.Module | None, *, gated: bool = False, split: bool = True
     if gated and bias is not None:
         return None
     outputs = weight.n // (2 if gated else 1)
-    alone, several = (
+    tiles = tuple(
         choose_tile(weight.tensors[0], weight.k, rows=rows, gated=gated, split=split)
-        for rows in (1, MOST_TOKENS)
+        for rows in _TILED_TOKENS
     )
-    return Linear(weight, bias, alone, several, outputs)
+    return Linear(weight, bias, tiles, outputs)
 
 
 def _layer(layer: DecoderLayer, window: int) -> Layer | None:

@@ -3,8 +3,10 @@
 Decoding reads every weight once a token, so such a linear takes bytes / bandwidth and everything else has
 to hide behind the loads. Tiles of W stream through shared memory (cp.async, several stages deep) into
 tensor-core fragments; they are widened to bf16 in registers (exactly: 8 bits of mantissa hold every int8
-and every e4m3) and multiplied with all rows of x at once, in fp32. So 8 rows cost what one costs, and the
-arithmetic per weight is two or three instructions of the six (int8) or three (int4) there is time for.
+and every e4m3) and multiplied with eight rows of x at once, in fp32. So 8 rows cost what one costs, and the
+arithmetic per weight is two or three instructions of the six (int8) or three (int4) there is time for. 16
+rows are twice eight: for a product of 16 Triton takes Hopper's asynchronous one, which weights widened in
+registers wait for at every tile (1.9 times as long).
 
 K is split over programs where N alone gives too few to fill the GPU: each split writes its partial sums,
 [splits, rows, N] in fp32, and whoever reads them adds them up in order. No atomics: the result does not
@@ -23,7 +25,7 @@ never a weight: nothing is rounded that the format does not round.
 A linear starts while the kernel before it still runs (dependent_launch.py): it asks the L2 for its first
 weights, then waits for its x.
 
-Legend: R rows of x, N outputs, K inputs, G columns of a group.
+Legend: R rows of x (BR of a program, 8 or 16), N outputs, K inputs, G columns of a group.
 """
 
 from __future__ import annotations
@@ -100,6 +102,7 @@ def _widen(w, KIND: tl.constexpr, ASM: tl.constexpr):
 @triton.jit
 def _accumulate(
     acc,
+    more,
     w_ptrs,
     x_ptrs,
     first,
@@ -112,23 +115,37 @@ def _accumulate(
     BK: tl.constexpr,
     STAGES: tl.constexpr,
     EVEN_K: tl.constexpr,
+    TWICE: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """acc [BN, BR] plus the sums over columns first*BK .. (first+steps)*BK of plainly stored weights."""
+    """The sums over columns first*BK .. (first+steps)*BK of plainly stored weights.
+
+    Two of [BN, 8], acc and more plus what rows 0 to 7 and, where TWICE, rows 8 to 15 of x give.
+    """
     w_ptrs += first * BK
     x_ptrs += first * BK
     for i in tl.range(0, steps, num_stages=STAGES):
         if EVEN_K:
             w = tl.load(w_ptrs)
-            x = tl.load(x_ptrs, mask=r[None, :] < R, other=0.0)
         else:
-            left = K - (first + i) * BK
-            w = tl.load(w_ptrs, mask=k[None, :] < left, other=0.0)
-            x = tl.load(x_ptrs, mask=(r[None, :] < R) & (k[:, None] < left), other=0.0)
-        acc = tl.dot(_widen(w, KIND, ASM), x, acc)
+            w = tl.load(w_ptrs, mask=k[None, :] < K - (first + i) * BK, other=0.0)
+        wide = _widen(w, KIND, ASM)
+        left = K - (first + i) * BK
+        acc = tl.dot(wide, _load_x(x_ptrs, R, r, k, left, EVEN_K), acc)
+        if TWICE:
+            more = tl.dot(wide, _load_x(x_ptrs + 8 * K, R, r + 8, k, left, EVEN_K), more)
         w_ptrs += BK
         x_ptrs += BK
-    return acc
+    return acc, more
+
+
+@triton.jit
+def _load_x(x_ptrs, R, r, k, left, EVEN_K: tl.constexpr):
+    """A tile of x, zero beyond R rows and, unless EVEN_K, `left` columns."""
+    if EVEN_K:
+        return tl.load(x_ptrs, mask=r[None, :] < R, other=0.0)
+    else:
+        return tl.load(x_ptrs, mask=(r[None, :] < R) & (k[:, None] < left), other=0.0)
 
 
 @triton.jit
@@ -142,6 +159,7 @@ def halves(words):
 @triton.jit
 def _accumulate_int4(
     acc,
+    more,
     w_ptrs,
     x_ptrs,
     scale_ptrs,
@@ -157,9 +175,10 @@ def _accumulate_int4(
     ASYMMETRIC: tl.constexpr,
     STAGES: tl.constexpr,
     EVEN_K: tl.constexpr,
+    TWICE: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """acc [BN, BR] plus the sums over pairs of groups first .. first+steps of weights in planes."""
+    """As _accumulate, over pairs of groups first .. first+steps of weights in planes."""
     w_ptrs += first * G
     x_ptrs += first * (2 * G)
     scale_ptrs += first * N
@@ -167,26 +186,38 @@ def _accumulate_int4(
     ZERO: tl.constexpr = 0 if ASYMMETRIC else 8
     for i in tl.range(0, steps, num_stages=STAGES):
         w = tl.load(w_ptrs)
-        if EVEN_K:
-            x_low = tl.load(x_ptrs, mask=r[None, :] < R, other=0.0)
-            x_high = tl.load(x_ptrs + G, mask=r[None, :] < R, other=0.0)
-        else:
-            left = K - (first + i) * (2 * G)
-            x_low = tl.load(x_ptrs, mask=(r[None, :] < R) & (k[:, None] < left), other=0.0)
-            x_high = tl.load(x_ptrs + G, mask=(r[None, :] < R) & (k[:, None] + G < left), other=0.0)
-        scale_low, scale_high = halves(tl.load(scale_ptrs))
+        left = K - (first + i) * (2 * G)
+        scales = halves(tl.load(scale_ptrs))
         low = nibbles_to_bf16(w, False, ZERO, ASM)
         high = nibbles_to_bf16(w, True, ZERO, ASM)
-        acc += tl.dot(low, x_low) * scale_low[:, None]
-        acc += tl.dot(high, x_high) * scale_high[:, None]
+        offsets = scales
         if ASYMMETRIC:
-            offset_low, offset_high = halves(tl.load(offset_ptrs))
-            acc += offset_low[:, None] * tl.sum(x_low.to(tl.float32), axis=0)[None, :]
-            acc += offset_high[:, None] * tl.sum(x_high.to(tl.float32), axis=0)[None, :]
+            offsets = halves(tl.load(offset_ptrs))
             offset_ptrs += N
+        acc = _add_pair(acc, low, high, x_ptrs, R, r, k, left, scales, offsets, G, ASYMMETRIC, EVEN_K)
+        if TWICE:
+            more = _add_pair(
+                more, low, high, x_ptrs + 8 * K, R, r + 8, k, left, scales, offsets, G, ASYMMETRIC, EVEN_K
+            )  # fmt: skip
         w_ptrs += G
         x_ptrs += 2 * G
         scale_ptrs += N
+    return acc, more
+
+
+@triton.jit
+def _add_pair(
+    acc, low, high, x_ptrs, R, r, k, left, scales, offsets,
+    G: tl.constexpr, ASYMMETRIC: tl.constexpr, EVEN_K: tl.constexpr,
+):  # fmt: skip
+    """acc [BN, 8] plus what a pair of groups gives for eight rows of x."""
+    x_low = _load_x(x_ptrs, R, r, k, left, EVEN_K)
+    x_high = _load_x(x_ptrs + G, R, r, k, left - G, EVEN_K)
+    acc += tl.dot(low, x_low) * scales[0][:, None]
+    acc += tl.dot(high, x_high) * scales[1][:, None]
+    if ASYMMETRIC:
+        acc += offsets[0][:, None] * tl.sum(x_low.to(tl.float32), axis=0)[None, :]
+        acc += offsets[1][:, None] * tl.sum(x_high.to(tl.float32), axis=0)[None, :]
     return acc
 
 
@@ -220,7 +251,8 @@ def gemv_kernel(
     first = total * split // splits
     steps = total * (split + 1) // splits - first
     w_ptrs = w_ptr + row[:, None].to(tl.int64) * w_stride + k[None, :]
-    x_ptrs = x_ptr + r[None, :] * K + k[:, None]
+    eight = tl.arange(0, 8)
+    x_ptrs = x_ptr + eight[None, :] * K + k[:, None]
     if PDL:
         if EARLY:
             start_next()
@@ -236,14 +268,19 @@ def gemv_kernel(
     if NUM_SUMS > 0:
         part = tl.arange(0, NUM_SUMS)
         squares = tl.load(sums_ptr + r[:, None] * NUM_SUMS + part[None, :], mask=r[:, None] < R, other=1.0)
-    acc = tl.zeros([BN, BR], tl.float32)
+    acc = tl.zeros([BN, 8], tl.float32)
+    more = tl.zeros([BN, 8], tl.float32)
     if KIND == INT4:
-        acc = _accumulate_int4(
-            acc, w_ptrs, x_ptrs, scale_ptr + row, offset_ptr + row, first, steps, R, W_ROWS, K, r, k, G,
-            ASYMMETRIC, STAGES, EVEN_K, ASM,
+        acc, more = _accumulate_int4(
+            acc, more, w_ptrs, x_ptrs, scale_ptr + row, offset_ptr + row, first, steps, R, W_ROWS, K, eight,
+            k, G, ASYMMETRIC, STAGES, EVEN_K, BR == 16, ASM,
         )  # fmt: skip
     else:
-        acc = _accumulate(acc, w_ptrs, x_ptrs, first, steps, R, K, r, k, KIND, BK, STAGES, EVEN_K, ASM)
+        acc, more = _accumulate(
+            acc, more, w_ptrs, x_ptrs, first, steps, R, K, eight, k, KIND, BK, STAGES, EVEN_K, BR == 16, ASM
+        )  # fmt: skip
+    if BR == 16:
+        acc = tl.reshape(tl.permute(tl.join(acc, more), (0, 2, 1)), [BN, 16])
     if (KIND == INT8) | (KIND == FP8):
         acc *= scale[:, None]
     if NUM_SUMS > 0:  # 1 / rms of each row

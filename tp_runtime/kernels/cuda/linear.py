@@ -55,13 +55,11 @@ def kind_of(w: Tensor) -> int:
 def choose_tile(w: Tensor, k: int, *, rows: int, gated: bool, split: bool = True) -> Tile:
     """The tile for a weight, as found on an H200 within the step (benchmarks/cuda_step_tiles.py).
 
-    Every program reads its columns of all rows of x: where these are several, and a tile of W has few bytes,
-    that is as much as the weights, so such tiles have more rows of W. split: whether K may be split (a gated
-    linear's never is).
+    rows: of x, at most. Every program reads its columns of all of them: the more there are, the more rows of
+    W an int4 tile has, whose bytes are few. split: whether K may be split (a gated linear's never is).
     """
     kind, n = kind_of(w), w.shape[0]
-    several = rows > 1
-    return _fitting(_gated_tile(kind, n, k, several) if gated else _plain_tile(kind, n, k, several, split), w)
+    return _fitting(_gated_tile(kind, n, k, rows > 1) if gated else _plain_tile(kind, n, k, rows, split), w)
 
 
 def _fitting(tile: Tile, w: Tensor) -> Tile:
@@ -74,7 +72,7 @@ def _fitting(tile: Tile, w: Tensor) -> Tile:
     return replace(tile, stages=max(1, min(tile.stages, limit // stage)))
 
 
-def _plain_tile(kind: int, n: int, k: int, several: bool, split: bool) -> Tile:
+def _plain_tile(kind: int, n: int, k: int, rows: int, split: bool) -> Tile:
     """Of a linear without a gate.
 
     Best are splits that give 132 processors nearly the same number of programs, all at once: about three
@@ -89,9 +87,12 @@ def _plain_tile(kind: int, n: int, k: int, several: bool, split: bool) -> Tile:
     if kind == BF16.value:
         return Tile(32, 128, 1 if n > 8192 else splits(max(384, 3 * triton.cdiv(n, 32)), 32, 1024), 2, 4)
     if kind == INT4.value:
-        if several:
-            return Tile(128, 0, splits(256, 128, 640), 4, 3)
-        if k > 8192:
+        large = n * k > 48 << 20
+        if rows > 8:
+            return Tile(128, 0, splits(256 if large else 512, 128, 640), 4, 3)
+        if rows > 1 and not large:
+            return Tile(64, 0, splits(256, 64, 640), *((4, 4) if k > n else (2, 8)))
+        if k > 8192 or rows > 1:
             return Tile(32, 0, splits(1024, 32, 1024), 1, 4)
         return Tile(64, 0, splits(512, 64, 768), 4, 3)
     if n * k > 64 << 20:  # two programs a processor, or three of fewer stages
@@ -106,9 +107,7 @@ def _gated_tile(kind: int, n: int, k: int, several: bool) -> Tile:
     if kind == BF16.value:
         return Tile(32, 128, 1, 1, 4)
     if kind == INT4.value:
-        if several and n >= 20_000:
-            return Tile(128, 0, 1, 4, 4)
-        if several or k < 8192 or 20_000 <= n < 40_000:
+        if k < 8192 or 20_000 <= n < 40_000 or (several and n < 20_000):
             return Tile(64, 0, 1, 2, 4)
         return Tile(32, 0, 1, 2, 6 if n < 20_000 else 4)
     if n < 10_000:
