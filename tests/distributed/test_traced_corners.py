@@ -6,6 +6,7 @@ differ from the whole model only in the order of sums.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -143,6 +144,49 @@ def _experts(kind: str) -> tuple[float, list[int]]:
         ]
 
 
+def _attention_maps(layers: int, asked: bool) -> tuple[float, list[tuple[int, ...]], int, list[str]]:
+    """(largest gap of the answers, shapes of the maps, rows of an MLP's weight, what was warned of)."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from tp_runtime.log import get_logger
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=96, hidden_size=96, intermediate_size=144, num_hidden_layers=layers, num_attention_heads=6,
+        num_key_value_heads=6, attn_implementation="eager",
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    ids, said = torch.arange(26).view(2, 13), Said()
+    get_logger().addHandler(said)
+    with torch.no_grad():
+        whole = model(input_ids=ids, output_attentions=True)
+        example = {"input_ids": torch.arange(20).view(2, 10), "output_attentions": True}
+        shard(model, init_mesh(), example_inputs=example if asked else None, cache=False)
+        model(input_ids=ids)
+        before = len(said.lines)
+        found = [model(input_ids=ids, output_attentions=True) for _ in range(2)][1]
+    get_logger().removeHandler(said)
+    answers = [(each.logits, *each.attentions) if asked else (each.logits,) for each in (found, whole)]
+    shapes = [tuple(each.shape) for each in found.attentions]
+    return (
+        _gap(*map(list, answers)),
+        shapes,
+        model.model.layers[0].mlp.up_proj.weight.shape[0],
+        said.lines[before:],
+    )
+
+
+class Said(logging.Handler):
+    """The lines that were logged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
 def _low_rank(names: str) -> tuple[float, list[tuple[int, ...]]]:
     model, ids = build("grouped", (6, 3))
     for layer in model.layers:
@@ -185,3 +229,18 @@ def test_experts_that_no_example_reaches_count_once(kind: str, world: int) -> No
         print(f"{kind}, world {world}: {gap:.1e}, neurons {neurons}")
         assert gap <= TOLERANCE
         assert kind == "unlike" or neurons == [48 // world] * 12, "alike experts divide alike"
+
+
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("layers", [2, 3])
+def test_attention_maps_that_the_example_asks_for_are_whole(layers: int, world: int) -> None:
+    for gap, shapes, neurons, said in run_ranks(world, _attention_maps, layers, True):
+        assert gap < TOLERANCE and shapes == [(2, 6, 13, 13)] * layers and not said
+        assert neurons == 144 // world, "the MLP beside is whole"
+
+
+def test_attention_maps_that_it_does_not_ask_for_are_warned_of() -> None:
+    found = run_ranks(2, _attention_maps, 2, False)
+    assert all(gap < TOLERANCE for gap, *_ in found)
+    assert [len(said) for *_, said in found] == [1, 0], "said once, by one rank"
+    assert "output_attentions" in found[0][3][0]

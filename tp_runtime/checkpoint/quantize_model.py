@@ -48,7 +48,17 @@ def quantize(model: nn.Module, format: str, *, skip: Iterable[str] = ()) -> nn.M
         made = _quantized(module, form, None if plan is None or plan.dim is None else plan, model)
         _take_hooks(module, made)
         model.set_submodule(path, made)
+    _leave_fast_paths(model)
     return model
+
+
+def _leave_fast_paths(model: nn.Module) -> None:
+    """Of torch's own layers, which read the weights of their linears instead of calling them."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and isinstance(module.linear1, QuantLinear):
+            module.activation_relu_or_gelu = 0
+        elif isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False
 
 
 def _shared(model: nn.Module) -> set[int]:

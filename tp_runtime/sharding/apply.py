@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -21,6 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from ..collectives import all_gather, all_reduce
 from ..errors import ShardingError
 from .layers import take
+from .multihead import replace_forward, replaceable, restore_forward, unseen_weights
 from .norms import collective_forward
 from .plan import Ranges, WeightPlan, extent
 from .shardplan import Gather, Integer, Norm, ShardPlan, Slice
@@ -84,6 +86,7 @@ def apply_plan(model: nn.Module, plan: ShardPlan, comm: Communicator) -> nn.Modu
     state = Applied(plan, comm)
     _cut_weights(model, plan, comm.rank)
     _set_integers(model, plan, comm.rank, state)
+    _replace_forwards(model, plan, comm, state)
     for path in plan.vocabularies:
         _install_vocabulary(model.get_submodule(path), plan[f"{path}.weight"], comm, state)
     for norm in plan.norms:
@@ -280,6 +283,41 @@ def replace_at(out: Any, place: str, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(out, (tuple, list)):
         return type(out)(change(item) if str(i) == place else item for i, item in enumerate(out))
     return out
+
+
+def _replace_forwards(model: nn.Module, plan: ShardPlan, comm: Communicator, state: Applied) -> None:
+    """Of torch's own attentions, as in the copies of the proof. No nested tensors: hooks forbid them."""
+    if all(weight.dim is None for weight in plan.weights):
+        return
+    for path, attention in list(replaceable(model)):
+        replace_forward(attention, _attention_weights(attention, path, plan, comm))
+        state.restore.append(partial(restore_forward, attention))
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder):
+            state.restore.append(_restorer(vars(module), "use_nested_tensor", module.use_nested_tensor))
+            module.use_nested_tensor = False
+
+
+def _attention_weights(
+    module: nn.MultiheadAttention, path: str, plan: ShardPlan, comm: Communicator
+) -> Callable[[Tensor, bool], Tensor]:
+    """How the attention weights of each head on this rank become the whole module's."""
+    name = "q_proj_weight" if module.in_proj_weight is None else "in_proj_weight"
+    weight, size = plan[f"{path}.{name}" if path else name], module.head_dim
+    if weight.dim is None:
+        return unseen_weights
+    rows = [[i for a, b in ranges for i in range(a, min(b, module.embed_dim))] for ranges in weight.parts]
+    heads = [[row // size for row in held if row % size == 0] for held in rows]
+    order = [head for held in heads for head in held]
+    back = sorted(range(len(order)), key=order.__getitem__)
+
+    def whole(weights_BHLS: Tensor, average: bool) -> Tensor:
+        if average:
+            return comm.all_reduce(weights_BHLS.sum(dim=1)) / module.num_heads
+        last = weights_BHLS.movedim(1, -1).contiguous()
+        return gather_parts(last, [len(held) for held in heads], back, comm).movedim(-1, 1)
+
+    return whole
 
 
 def _install_slice(module: nn.Module, cut: Slice, rank: int, state: Applied) -> None:

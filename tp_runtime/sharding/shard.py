@@ -22,6 +22,7 @@ from ..collectives import broadcast_
 from ..errors import ShardingError
 from ..mesh import tp_group, tp_rank, tp_size
 from .apply import GroupCommunicator, applied, apply_plan, unapply
+from .asked import watch_requests
 from .declared import check_followed, declared_styles
 from .plan_cache import read_plan, structure_key, write_plan
 from .planner import prove, search_plan
@@ -127,7 +128,11 @@ def shard(
         )
 
     made = find() if world == 1 else _agreed(find, rank, group)
-    return apply_plan(model, made, GroupCommunicator(group, rank, world))
+    sharded = apply_plan(model, made, GroupCommunicator(group, rank, world))
+    state = applied(sharded)
+    if world > 1 and state is not None:
+        state.handles.append(watch_requests(sharded, example_inputs))
+    return sharded
 
 
 def _agreed(find: Any, rank: int, group: dist.ProcessGroup) -> ShardPlan:

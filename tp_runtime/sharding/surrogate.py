@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from .multihead import replace_forward, replaceable
 from .plan import Ranges
 
 if TYPE_CHECKING:
@@ -118,6 +119,10 @@ def make_surrogate(model: nn.Module, *, shorten: bool = False) -> Surrogate:
     made.eval()
     for module in made.modules():
         _drop_hooks(module)
+        if isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False  # with a mask of padding, of which only its fast path knows
+    for _, attention in replaceable(made):
+        replace_forward(attention)
     for path, stand_ins in places.items():
         layers = made.get_submodule(path)
         for place in set(stand_ins) - set(stand_ins.values()):
@@ -126,9 +131,12 @@ def make_surrogate(model: nn.Module, *, shorten: bool = False) -> Surrogate:
 
 
 def _drop_hooks(module: nn.Module) -> None:
-    """Hooks belong to the original."""
+    """Hooks belong to the original. Those in which transformers collects what a call asks for
+    (output_attentions, output_hidden_states) are made anew by the first such call.
+    """
     for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks):
         hooks.clear()
+    vars(module).pop("_output_capturing_hooks_installed", None)
 
 
 def _stand_in_tensor(tensor: Tensor, clone: bool = False) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .apply import apply_plan
 from .inputs import Example
+from .multihead import restore_forward
 from .proof import proof_copy
 from .shardplan import ShardPlan
 from .surrogate import make_surrogate
@@ -121,6 +122,8 @@ def _simulate(
     model: nn.Module, plan: ShardPlan, example: Example, whole_results: set[str]
 ) -> Mismatch | None:
     reference = make_surrogate(model).model
+    for module in reference.modules():
+        restore_forward(module)
     try:
         wanted, log = _run(reference, example, whole_results, None)
     except Exception as error:  # noqa: BLE001  (a model of more layers may need larger inputs than its copy)

@@ -162,7 +162,8 @@ def answer_tensors(out: Any) -> list[Tensor]:
 
     An answer that is an object of another class is looked into, once. Left out are caches, which hold a
     rank's own heads: what transformers calls so, and, inside a tuple or list, pairs of equal shape
-    [.., heads, tokens, head_dim].
+    [.., heads, tokens, head_dim]. Two layers' attention maps are no such pair: they are known by their
+    key, or, directly in the tuple that is the answer, by being square.
     """
     known = isinstance(out, (Tensor, tuple, list, Mapping)) or is_dataclass(out)
     return list(_walk(out if known or not hasattr(out, "__dict__") else vars(out), 0))
@@ -174,9 +175,9 @@ def _walk(out: Any, depth: int) -> Iterator[Tensor]:
     elif isinstance(out, Mapping):
         for key, value in out.items():
             if key not in _CACHES:
-                yield from _walk(value, depth + 1)
+                yield from _walk(value, 0 if isinstance(key, str) and "attention" in key else depth + 1)
     elif isinstance(out, (tuple, list)):
-        if depth and _is_pair_of_heads(out):
+        if depth and _is_pair_of_heads(out) and (depth > 1 or out[0].shape[-1] != out[0].shape[-2]):
             return
         for value in out:
             yield from _walk(value, depth + 1)

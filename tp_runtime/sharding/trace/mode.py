@@ -143,7 +143,9 @@ class Trace(TorchDispatchMode):
         with torch.no_grad(), self.integers, self:
             out = self.model.get_submodule(path)(*args, **kwargs)
         for tensor in answer_tensors(out):
-            self.labels.fail(self.labels.get(tensor), "the result of the model depends on it", path)
+            labels = self.labels.get(tensor)
+            self.labels.fail(labels, "the result of the model depends on it", path)
+            self.labels.pin(labels)
             self._demand(tensor)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
