@@ -22,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from ..collectives import all_gather, all_reduce
 from ..errors import ShardingError
 from .layers import take
-from .multihead import replace_forward, replaceable, restore_forward, unseen_weights
+from .multihead import own_weights, replace_forward, replaceable, restore_forward
 from .norms import collective_forward
 from .plan import Ranges, WeightPlan, extent
 from .shardplan import Gather, Integer, Norm, ShardPlan, Slice
@@ -305,7 +305,7 @@ def _attention_weights(
     name = "q_proj_weight" if module.in_proj_weight is None else "in_proj_weight"
     weight, size = plan[f"{path}.{name}" if path else name], module.head_dim
     if weight.dim is None:
-        return unseen_weights
+        return own_weights
     rows = [[i for a, b in ranges for i in range(a, min(b, module.embed_dim))] for ranges in weight.parts]
     heads = [[row // size for row in held if row % size == 0] for held in rows]
     order = [head for held in heads for head in held]

@@ -36,10 +36,15 @@ def replaceable(model: nn.Module) -> Iterator[tuple[str, nn.MultiheadAttention]]
             yield path, module
 
 
+def own_weights(weights_BHLS: Tensor, average: bool) -> Tensor:
+    """Those of a module that has all heads."""
+    return weights_BHLS.mean(dim=1) if average else weights_BHLS
+
+
 def unseen_weights(weights_BHLS: Tensor, average: bool) -> Tensor:
-    """Those of a module that has all heads, unknown to a trace."""
+    """The same, unknown to a trace."""
     with unseen():
-        return weights_BHLS.mean(dim=1) if average else weights_BHLS.clone()
+        return own_weights(weights_BHLS, average).clone()
 
 
 def replace_forward(module: nn.MultiheadAttention, weights: Weights = unseen_weights) -> None:
