@@ -187,30 +187,39 @@ class Said(logging.Handler):
         self.lines.append(record.getMessage())
 
 
-def _low_rank(names: str) -> tuple[float, list[tuple[int, ...]]]:
+LINEARS = {"a": 48, "b": 24, "c": 24, "d": 48, "first": 168, "second": 84}  # size of the dim that is divided
+
+
+def _low_rank(names: list[str]) -> tuple[float, dict[str, int]]:
+    """(gap, that size here) of a decoder with low-rank pairs beside the linears called `names`."""
     model, ids = build("grouped", (6, 3))
     for layer in model.layers:
         for name in names:
-            setattr(layer[1], name, LowRank(getattr(layer[1], name)))
+            holder = layer[1] if len(name) == 1 else layer[3]
+            setattr(holder, name, LowRank(getattr(holder, name)))
     with torch.no_grad():
         wanted = [model(ids)]
         shard(model, init_mesh(), example_inputs=(ids,), cache=False)
         gap = _gap([model(ids)], wanted)
-    first = model.layers[0][1]
-    return gap, [tuple(getattr(first, n).base.weight.shape) for n in names]
+    sizes = {}
+    for name in LINEARS:
+        linear = getattr(model.layers[0][1 if len(name) == 1 else 3], name)
+        weight = (linear.base if isinstance(linear, LowRank) else linear).weight
+        sizes[name] = int(weight.shape[1 if name in ("d", "second") else 0])
+    return gap, sizes
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
-@pytest.mark.parametrize("names", ["ac", "abc", "d"])
-def test_a_low_rank_pair_leaves_its_projection_divided(names: str, world: int) -> None:
-    whole = {"a": 48, "b": 24, "c": 24, "d": 48}
+@pytest.mark.parametrize(
+    "names", [["a", "c"], ["a", "b", "c"], ["d"], ["second"], ["a", "b", "c", "d"], list(LINEARS)], ids=str
+)
+def test_low_rank_pairs_leave_all_linears_divided(names: list[str], world: int) -> None:
     outcomes = run_ranks(world, _low_rank, names)
-    for gap, shapes in outcomes:
-        print(f"{names}, world {world}: {gap:.1e}, {shapes}")
+    for gap, sizes in outcomes:
+        print(f"{names}, world {world}: {gap:.1e}, {sizes}")
         assert gap <= TOLERANCE
-    for place, name in enumerate(names):
-        dim = 1 if name == "d" else 0
-        assert sum(shapes[place][dim] for _, shapes in outcomes) == whole[name]
+    for name, whole in LINEARS.items():
+        assert sum(sizes[name] for _, sizes in outcomes) == whole, name
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])

@@ -113,17 +113,24 @@ class Search:
     # families
 
     def _drop_failed_copies(self, graph: Graph) -> bool:
-        """Weights of which copied parts cannot be followed are whole instead."""
-        dropped = False
+        """Weights of which copied parts cannot be followed are whole instead; of several, where some are much
+        smaller (a low-rank pair), those first, and the others as if nothing had been copied.
+        """
+        failed: dict[str, str] = {}
         reasons = graph.failure_reasons
         for component in graph.copied & reasons.keys():
             ids = graph.nodes[graph.component == component]
             for place in np.unique(graph.source_places(ids)):
                 name = graph.labels.sources[place].name
-                if self.decisions.marks.pop(name, None) is not None:
-                    self.decisions.whole[name] = reasons[component]
-                    dropped = True
-        return dropped
+                if name in self.decisions.marks:
+                    failed[name] = reasons[component]
+        largest = max((self._sizes.get(name, 0) for name in failed), default=0)
+        few = {name for name in failed if self._sizes.get(name, 0) * FEW <= largest}
+        for name, reason in failed.items():
+            del self.decisions.marks[name]
+            if not few or name in few:
+                self.decisions.whole[name] = reason
+        return bool(failed)
 
     def _note_stuck(self, graph: Graph, families: list[Family], stuck: list) -> None:
         for partial in stuck:
