@@ -103,16 +103,49 @@ class Cross(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Layers as torch has them, with padding, which it may turn into nested tensors."""
+    """Layers as torch has them, with padding, which it may turn into nested tensors; means over all tokens."""
 
     def __init__(self, norm_first: bool) -> None:
         super().__init__()
         layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 96, batch_first=True, norm_first=norm_first)
-        self.layers = nn.TransformerEncoder(layer, 3, enable_nested_tensor=not norm_first)
+        norm = nn.LayerNorm(WIDTH)
+        nn.init.normal_(norm.bias)
+        self.layers = nn.TransformerEncoder(layer, 3, norm, enable_nested_tensor=not norm_first)
 
     def forward(self, x: Tensor, padding: Tensor) -> Tensor:
         y: Tensor = self.layers(x, src_key_padding_mask=padding)
-        return y.masked_fill(padding[..., None], 0.0)
+        return torch.cat([y, y.mean(dim=1, keepdim=True)], dim=1)
+
+
+class Shared(nn.Module):
+    """Two attentions of one projection, and an MLP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = (nn.MultiheadAttention(WIDTH, HEADS, batch_first=True) for _ in range(2))
+        self.b.in_proj_weight = self.a.in_proj_weight
+        self.up, self.down = nn.Linear(WIDTH, 96), nn.Linear(96, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.a(x, x, x, need_weights=False)[0]
+        y, weights = self.b(x, x, x)
+        x = weights @ (x + y)
+        return x + self.down(torch.relu(self.up(x)))
+
+
+class Counting(nn.Module):
+    """Heads of its own beside an attention, by the attention's integers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)
+        self.v, self.o, self.norm = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH)
+
+    def forward(self, x: Tensor, asked: bool = False) -> Any:
+        y, weights = self.attention(x, x, x, need_weights=asked)
+        v = self.v(x).view(*x.shape[:2], self.attention.num_heads, -1)
+        y = self.norm(y + self.o(torch.tanh(v / v.norm(dim=-1, keepdim=True)).flatten(2)))
+        return (y, weights) if asked else y
 
 
 def _sharded(model: nn.Module, given: tuple[Tensor, ...], weight: str) -> tuple[float, float, int]:
@@ -146,6 +179,31 @@ def _translator(_: bool) -> tuple[float, float, int]:
     return _sharded(model, given, "decoder.layers.1.multihead_attn.in_proj_weight")
 
 
+def _shared(_: bool) -> tuple[float, float, int]:
+    torch.manual_seed(0)
+    return _sharded(Shared(), (torch.randn(BATCH, TOKENS, WIDTH),), "a.in_proj_weight")
+
+
+def _counting() -> tuple[float, int]:
+    torch.manual_seed(0)
+    model, x = Counting().eval(), torch.randn(BATCH, TOKENS, WIDTH)
+    with torch.no_grad():
+        wanted = model(x, True)
+        shard(model, init_mesh(), example_inputs=(x,), cache=False)
+        return gap(model(x, True), wanted), int(model.attention.in_proj_weight.shape[0])
+
+
+def _unaligned() -> float:
+    """The padding on the left, which torch does not turn into nested tensors."""
+    torch.manual_seed(0)
+    model, x = Encoder(False).eval(), torch.randn(2, TOKENS, WIDTH)
+    right = torch.arange(TOKENS)[None] >= torch.tensor([[7], [4]])
+    with torch.no_grad():
+        wanted = model(x, right.flip(1))
+        shard(model, init_mesh(), example_inputs=(x, right), cache=False)
+        return gap(model(x, right.flip(1)), wanted)
+
+
 def heads_of(world: int) -> list[int]:
     return [HEADS // world + (rank < HEADS % world) for rank in range(world)]
 
@@ -163,7 +221,7 @@ def test_divided_by_heads(kind: str, call: str, world: int) -> None:
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
-@pytest.mark.parametrize("body", [_encoder, _translator])
+@pytest.mark.parametrize("body", [_encoder, _translator, _shared])
 @pytest.mark.parametrize("flag", [False, True])
 def test_torch_layers_are_divided(body: Any, flag: bool, world: int) -> None:
     found = run_ranks(world, body, flag)
@@ -194,3 +252,32 @@ def test_torch_layers_are_quantised(world: int) -> None:
         for found, wanted in run_ranks(world, _quantised, order):
             assert gap(found, alone[0]) < 1e-2, "other values than of the whole model"  # in bf16 between
             assert gap(found, wanted) < 5e-2  # eight bits a weight
+
+
+def test_quantised_in_part() -> None:
+    """torch's fast path reads weights of both linears; an encoder that is left alone stays as it is."""
+    torch.manual_seed(0)
+    model, x = Encoder(False).eval(), torch.randn(2, TOKENS, WIDTH)
+    given = x, torch.arange(TOKENS)[None] >= torch.tensor([[7], [4]])
+    names = [f"layers.layers.{i}.linear{j}" for i in range(3) for j in (1, 2)]
+    with torch.no_grad():
+        wanted = model(*given)
+        assert model.layers.use_nested_tensor
+        quantize(model, "int8", skip=names)
+        assert model.layers.use_nested_tensor and gap(model(*given), wanted) == 0
+        quantize(model, "int8", skip=names[::2])
+        assert gap(model(*given), wanted) < 5e-2
+
+
+def test_masks_that_torch_refuses_are_refused() -> None:
+    module, x = nn.MultiheadAttention(WIDTH, HEADS).eval(), torch.randn(TOKENS, 1, WIDTH)
+    replace_forward(module)
+    with pytest.raises(RuntimeError, match="bool and floating"):
+        module(x, x, x, attn_mask=torch.ones(TOKENS, TOKENS, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_integers_and_masks_that_the_example_had_not(world: int) -> None:
+    for found, rows in run_ranks(world, _counting):
+        assert found < TOLERANCE and rows == 3 * WIDTH // world
+    assert all(found < TOLERANCE for found in run_ranks(world, _unaligned))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tp_testing.ranks import run_ranks
 from tp_testing.small_models import build
 
+from tp_runtime.errors import ShardingError
 from tp_runtime.mesh import init_mesh
 from tp_runtime.sharding.shard import shard
 
@@ -187,6 +188,46 @@ class Said(logging.Handler):
         self.lines.append(record.getMessage())
 
 
+class Asked(nn.Module):
+    """An MLP whose hidden values are returned on request, which are a rank's own neurons."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp, self.norm = Pair(), nn.LayerNorm(WIDTH)
+        self.config = {"output_attentions": True}  # of no configuration's class
+
+    def forward(self, x: Tensor, return_hidden: bool = False, output_size: int = 0, extra: Any = None) -> Any:
+        y = self.norm(x + self.mlp(x))
+        return (y, torch.relu(self.mlp.up(x))) if return_hidden else y
+
+
+def _requests(example: Any, call: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[str], int]:
+    """(what was warned of, hidden values of a call that asks for them)."""
+    from tp_runtime.log import get_logger
+
+    torch.manual_seed(0)
+    model, said = Asked().eval(), Said()
+    get_logger().addHandler(said)
+    with torch.no_grad():
+        shard(model, init_mesh(), example_inputs=example, cache=False)
+        found = model(*call, **kwargs)
+    get_logger().removeHandler(said)
+    lines = [line for line in said.lines if "is asked for" in line]
+    return lines, int(found[1].shape[-1]) if isinstance(found, tuple) else 0
+
+
+def _another_answer() -> str:
+    """What a call says that returns a tuple, where partial sums of the tensor it returned were added."""
+    model, x = Answering("a tuple in a tuple").mlp.eval(), torch.randn(4, WIDTH)
+    with torch.no_grad():
+        shard(model, init_mesh(), example_inputs=(x,), cache=False)
+        own = model.down.forward
+        model.down.forward = lambda y: (own(y),)
+        with pytest.raises(ShardingError) as caught:
+            model(x)
+    return str(caught.value)
+
+
 LINEARS = {"a": 48, "b": 24, "c": 24, "d": 48, "first": 168, "second": 84}  # size of the dim that is divided
 
 
@@ -253,3 +294,29 @@ def test_attention_maps_that_it_does_not_ask_for_are_warned_of() -> None:
     assert all(gap < TOLERANCE for gap, *_ in found)
     assert [len(said) for *_, said in found] == [1, 0], "said once, by one rank"
     assert "output_attentions" in found[0][3][0]
+
+
+X = torch.ones(4, WIDTH)
+
+
+@pytest.mark.parametrize(
+    ("example", "call", "kwargs", "warned"),
+    [
+        ((X,), (X,), {"return_hidden": True}, True),
+        ((X,), (X, True), {}, True),
+        ((X,), (X,), {"output_size": 3, "extra": X.numpy()}, False),
+        ((X, True), (X,), {"return_hidden": True}, False),
+        ({"x": X, "return_hidden": True}, (X, True), {}, False),
+    ],
+)
+def test_requests_beyond_the_example_are_warned_of(
+    example: Any, call: tuple[Any, ...], kwargs: dict[str, Any], warned: bool
+) -> None:
+    found = run_ranks(2, _requests, example, call, kwargs)
+    assert [len(lines) for lines, _ in found] == [int(warned), 0]
+    if not warned:
+        assert all(size in (0, 48) for _, size in found), "what the example asked for is whole"
+
+
+def test_an_answer_of_another_kind_is_refused() -> None:
+    assert all("returns a tuple" in text for text in run_ranks(2, _another_answer))

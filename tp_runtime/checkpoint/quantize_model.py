@@ -20,6 +20,7 @@ from ..quant.linear import QuantLinear
 from ..quant.rounding import quantize as round_weight
 from ..quant.rounding import row_absmax
 from ..sharding.apply import applied, gather_weight
+from ..sharding.multihead import without_nested_tensors
 from ..sharding.plan import WeightPlan, extent
 
 
@@ -54,11 +55,14 @@ def quantize(model: nn.Module, format: str, *, skip: Iterable[str] = ()) -> nn.M
 
 def _leave_fast_paths(model: nn.Module) -> None:
     """Of torch's own layers, which read the weights of their linears instead of calling them."""
+
+    def quantised(module: nn.Module) -> bool:
+        return any(isinstance(each, QuantLinear) for each in module.modules())
+
     for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer) and isinstance(module.linear1, QuantLinear):
+        if isinstance(module, nn.TransformerEncoderLayer) and quantised(module):
             module.activation_relu_or_gelu = 0
-        elif isinstance(module, nn.TransformerEncoder):
-            module.use_nested_tensor = False
+    without_nested_tensors(model, quantised)
 
 
 def _shared(model: nn.Module) -> set[int]:

@@ -22,7 +22,13 @@ from torch.utils.hooks import RemovableHandle
 from ..collectives import all_gather, all_reduce
 from ..errors import ShardingError
 from .layers import take
-from .multihead import own_weights, replace_forward, replaceable, restore_forward
+from .multihead import (
+    own_weights,
+    replace_forward,
+    replaceable,
+    restore_forward,
+    without_nested_tensors,
+)
 from .norms import collective_forward
 from .plan import Ranges, WeightPlan, extent
 from .shardplan import Gather, Integer, Norm, ShardPlan, Slice
@@ -84,9 +90,9 @@ def apply_plan(model: nn.Module, plan: ShardPlan, comm: Communicator) -> nn.Modu
         )
     _check_fits(model, plan)
     state = Applied(plan, comm)
+    _replace_forwards(model, plan, comm, state)
     _cut_weights(model, plan, comm.rank)
     _set_integers(model, plan, comm.rank, state)
-    _replace_forwards(model, plan, comm, state)
     for path in plan.vocabularies:
         _install_vocabulary(model.get_submodule(path), plan[f"{path}.weight"], comm, state)
     for norm in plan.norms:
@@ -246,6 +252,11 @@ class _SumHook:
 
     def __call__(self, module: nn.Module, args: Any, out: Any) -> Any:
         for place in self.places:
+            if isinstance(out, Tensor) != (place == ""):
+                raise ShardingError(
+                    f"{type(module).__name__} returns a {type(out).__name__}, which it did not for its "
+                    "plan's example; pass shard example_inputs for which it does"
+                )
             out = replace_at(out, place, self.comm.all_reduce)
         return out
 
@@ -286,34 +297,40 @@ def replace_at(out: Any, place: str, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 def _replace_forwards(model: nn.Module, plan: ShardPlan, comm: Communicator, state: Applied) -> None:
-    """Of torch's own attentions, as in the copies of the proof. No nested tensors: hooks forbid them."""
+    """Of torch's own attentions and encoders, as in the copies of the proof. Weights are still whole."""
     if all(weight.dim is None for weight in plan.weights):
         return
-    for path, attention in list(replaceable(model)):
-        replace_forward(attention, _attention_weights(attention, path, plan, comm))
+    plans = {weight.name: weight for weight in plan.weights}
+    projections = {
+        id(module): plans[name]
+        for name, places in parameter_places(model).items()
+        for module, attribute in places
+        if attribute in ("in_proj_weight", "q_proj_weight") and name in plans
+    }
+    for _, attention in list(replaceable(model)):
+        weights = _attention_weights(projections.get(id(attention)), attention.head_dim, comm)
+        replace_forward(attention, weights)
         state.restore.append(partial(restore_forward, attention))
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoder):
-            state.restore.append(_restorer(vars(module), "use_nested_tensor", module.use_nested_tensor))
-            module.use_nested_tensor = False
+    state.restore += without_nested_tensors(model, lambda encoder: True)
 
 
 def _attention_weights(
-    module: nn.MultiheadAttention, path: str, plan: ShardPlan, comm: Communicator
+    weight: WeightPlan | None, head_dim: int, comm: Communicator
 ) -> Callable[[Tensor, bool], Tensor]:
-    """How the attention weights of each head on this rank become the whole module's."""
-    name = "q_proj_weight" if module.in_proj_weight is None else "in_proj_weight"
-    weight, size = plan[f"{path}.{name}" if path else name], module.head_dim
-    if weight.dim is None:
+    """How the attention weights of each head on this rank become the whole module's. weight: its first rows,
+    as many as it has columns, make queries.
+    """
+    if weight is None or weight.dim is None:
         return own_weights
-    rows = [[i for a, b in ranges for i in range(a, min(b, module.embed_dim))] for ranges in weight.parts]
-    heads = [[row // size for row in held if row % size == 0] for held in rows]
+    queries = weight.shape[1]
+    rows = [[i for a, b in ranges for i in range(a, min(b, queries))] for ranges in weight.parts]
+    heads = [[row // head_dim for row in held if row % head_dim == 0] for held in rows]
     order = [head for held in heads for head in held]
     back = sorted(range(len(order)), key=order.__getitem__)
 
     def whole(weights_BHLS: Tensor, average: bool) -> Tensor:
         if average:
-            return comm.all_reduce(weights_BHLS.sum(dim=1)) / module.num_heads
+            return comm.all_reduce(weights_BHLS.sum(dim=1)) / len(order)
         last = weights_BHLS.movedim(1, -1).contiguous()
         return gather_parts(last, [len(held) for held in heads], back, comm).movedim(-1, 1)
 

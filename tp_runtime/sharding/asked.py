@@ -5,9 +5,12 @@
 
 from __future__ import annotations
 
+import inspect
+from contextlib import suppress
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ..log import once
@@ -17,11 +20,18 @@ _ELSE = {"return_dict"}  # another container of the same results
 
 
 def watch_requests(model: nn.Module, example_inputs: Any) -> RemovableHandle:
-    """Warn, once, of what calls ask for beyond the example, by a keyword or by the model's configuration."""
-    known = _requests(model, example_inputs if isinstance(example_inputs, dict) else {})
+    """Warn, once, of what calls ask for beyond the example: arguments called output_ or return_ something, or
+    settings of the model's configuration, that are True.
+    """
+    settings = [name for name in getattr(getattr(model, "config", None), "__dict__", {}) if _asks(name)]
+    kwargs = example_inputs if isinstance(example_inputs, dict) else {}
+    args = example_inputs if isinstance(example_inputs, (tuple, list)) else ()
+    known = _requests(model, settings, tuple(args), kwargs)
 
-    def before(_module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        new = _requests(model, kwargs) - known
+    def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_compiling():
+            return
+        new = _requests(model, settings, args, kwargs) - known
         if new:
             names = " and ".join(sorted(new))
             once(
@@ -32,11 +42,17 @@ def watch_requests(model: nn.Module, example_inputs: Any) -> RemovableHandle:
     return model.register_forward_pre_hook(before, with_kwargs=True)
 
 
-def _requests(model: nn.Module, kwargs: dict[str, Any]) -> set[str]:
-    settings = getattr(getattr(model, "config", None), "__dict__", {})
-    named = ((name.lstrip("_"), value) for name, value in (*settings.items(), *kwargs.items()))
-    return {
-        name
-        for name, value in named
-        if name.startswith(_PREFIXES) and name not in _ELSE and not isinstance(value, Tensor) and value
-    }
+def _asks(name: str) -> bool:
+    return name.lstrip("_").startswith(_PREFIXES) and name not in _ELSE
+
+
+def _requests(
+    model: nn.Module, settings: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> set[str]:
+    found = {name for name, value in kwargs.items() if value is True and _asks(name)}
+    found |= {name.lstrip("_") for name in settings if getattr(model.config, name, None) is True}
+    if any(value is True for value in args):
+        with suppress(TypeError):  # arguments that forward does not take: it says so itself
+            bound = inspect.signature(model.forward).bind_partial(*args).arguments
+            found |= {name for name, value in bound.items() if value is True and _asks(name)}
+    return found

@@ -1,11 +1,14 @@
-"""torch's nn.MultiheadAttention with as many heads as its weights have.
+"""torch's own attention with as many heads as its weights have, and its encoders without nested tensors.
 
-Its own forward reads the width of a head off its input, which is whole on every rank, and its number of heads
-off an integer. This one computes the same from the size of a head alone, so that a trace can follow heads
-through it and a rank's part of the weights runs as it is. Copies that are traced have it, and sharded models.
+nn.MultiheadAttention reads the width of a head off its input, which is whole on every rank, and its number of
+heads off an integer. The forward here computes the same from the size of a head alone, so that a trace can
+follow heads through it and a rank's part of the weights runs as it is. Copies that are traced have it, and
+sharded models.
 
 Attention weights, where they are asked for (need_weights, which is torch's default), are made whole on every
 rank: averaged ones are one sum over ranks, those of each head are gathered. A trace takes them for whole.
+
+nn.TransformerEncoder turns padded rows into nested tensors, which no hook and no linear of ours takes.
 
 Legend: B batch, L queries, S keys, H heads here, D size of a head, E width.
 """
@@ -13,7 +16,9 @@ Legend: B batch, L queries, S keys, H heads here, D size of a head, E width.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from types import MethodType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +29,7 @@ from .trace.hooks import unseen
 
 Weights = Callable[[Tensor, bool], Tensor]  # of each head here [B, H, L, S], averaged? -> those of the module
 _WEIGHTS = "_tp_attention_weights"
+_ZEROS = "_tp_zero_padding"
 
 
 def replaceable(model: nn.Module) -> Iterator[tuple[str, nn.MultiheadAttention]]:
@@ -31,6 +37,8 @@ def replaceable(model: nn.Module) -> Iterator[tuple[str, nn.MultiheadAttention]]
     for path, module in model.named_modules():
         if not isinstance(module, nn.MultiheadAttention) or module.bias_k is not None or module.add_zero_attn:
             continue
+        if not {"in_proj_weight", "q_proj_weight"} <= module._parameters.keys():
+            continue  # parametrized, or pruned
         own = type(module).forward is nn.MultiheadAttention.forward and "forward" not in vars(module)
         if own or _WEIGHTS in vars(module):
             yield path, module
@@ -57,6 +65,42 @@ def restore_forward(module: nn.Module) -> None:
     """Give a module, where it computes by `attend`, its own forward back."""
     if vars(module).pop(_WEIGHTS, None) is not None:
         del vars(module)["forward"]
+
+
+def without_nested_tensors(model: nn.Module, under: Callable[[nn.Module], bool]) -> list[Callable[[], None]]:
+    """Keep the encoders that `under` chooses from nested tensors, with the same results; what undoes it."""
+    undo: list[Callable[[], None]] = []
+    for module in model.modules():
+        if not isinstance(module, nn.TransformerEncoder) or not under(module):
+            continue
+        if module.use_nested_tensor or vars(module).get(_ZEROS):
+            fill = partial(_zero_padding, module.mask_check)
+            handle = module.layers[-1].register_forward_hook(fill, with_kwargs=True)
+            module.use_nested_tensor, vars(module)[_ZEROS] = False, True
+            undo.append(partial(_nested_again, module, handle))
+    return undo
+
+
+def _nested_again(encoder: nn.TransformerEncoder, handle: Any) -> None:
+    handle.remove()
+    encoder.use_nested_tensor = True
+    vars(encoder).pop(_ZEROS, None)
+
+
+def _zero_padding(mask_check: bool, layer: nn.Module, _args: Any, kwargs: dict[str, Any], out: Tensor) -> Any:
+    """Of an encoder's last layer: zeros where torch would have filled up a nested tensor with them."""
+    padding, mask = kwargs.get("src_key_padding_mask"), kwargs.get("src_mask")
+    if padding is None or mask is not None or layer.training or out.dim() != 3:
+        return None
+    if torch.is_autocast_enabled() or not torch.backends.mha.get_fastpath_enabled():
+        return None
+    if mask_check and torch.compiler.is_compiling():
+        return None
+    if torch.is_grad_enabled() and any(p.requires_grad for p in layer.parameters()):
+        return None
+    kept = padding == 0
+    aligned = (kept[:, 1:] <= kept[:, :-1]).all() if mask_check else True
+    return out.masked_fill((~kept & aligned).unsqueeze(-1), 0.0)
 
 
 def attend(
@@ -122,11 +166,14 @@ def _mask(q_BHLD: Tensor, padding: Tensor | None, mask: Tensor | None) -> Tensor
     """
     batch, heads = q_BHLD.shape[:2]
     total: Tensor | None = None
+    for each in (mask, padding):
+        if each is not None and each.dtype != torch.bool and not each.is_floating_point():
+            raise RuntimeError(f"only bool and floating masks are supported, not {each.dtype}")
     if mask is not None and mask.dim() == 3:
         if mask.shape[0] != batch * heads:
             raise ShardingError(
-                f"attn_mask is of {mask.shape[0]} heads of all rows, and this rank has {batch * heads}; pass "
-                "shard example_inputs with such a mask"
+                f"attn_mask has {mask.shape[0]} rows (batch x heads), and this rank has {batch * heads}; "
+                "pass shard example_inputs with such a mask, in floats"
             )
         mask = mask.unflatten(0, (batch, heads))
     for each in (mask, None if padding is None else padding[:, None, None, :]):

@@ -130,7 +130,7 @@ def shard(
     made = find() if world == 1 else _agreed(find, rank, group)
     sharded = apply_plan(model, made, GroupCommunicator(group, rank, world))
     state = applied(sharded)
-    if world > 1 and state is not None:
+    if world > 1 and state is not None and not (isinstance(wanted, ShardPlan) and example_inputs is None):
         state.handles.append(watch_requests(sharded, example_inputs))
     return sharded
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from .multihead import replace_forward, replaceable
+from .multihead import replace_forward, replaceable, without_nested_tensors
 from .plan import Ranges
 
 if TYPE_CHECKING:
@@ -119,14 +119,13 @@ def make_surrogate(model: nn.Module, *, shorten: bool = False) -> Surrogate:
     made.eval()
     for module in made.modules():
         _drop_hooks(module)
-        if isinstance(module, nn.TransformerEncoder):
-            module.use_nested_tensor = False  # with a mask of padding, of which only its fast path knows
-    for _, attention in replaceable(made):
-        replace_forward(attention)
     for path, stand_ins in places.items():
         layers = made.get_submodule(path)
         for place in set(stand_ins) - set(stand_ins.values()):
             del layers._modules[place]
+    for _, attention in list(replaceable(made)):
+        replace_forward(attention)
+    without_nested_tensors(made, lambda encoder: True)
     return Surrogate(made, places)
 
 

@@ -55,8 +55,8 @@ def kind_of(w: Tensor) -> int:
 def choose_tile(w: Tensor, k: int, *, rows: int, gated: bool, split: bool = True) -> Tile:
     """The tile for a weight, as found on an H200 within the step (benchmarks/cuda_step_tiles.py).
 
-    rows: of x, at most. Every program reads its columns of all of them: the more there are, the more rows of
-    W an int4 tile has, whose bytes are few. split: whether K may be split (a gated linear's never is).
+    rows: of x, at most; int4 has other tiles for one, for up to eight and for up to sixteen: every program
+    reads its columns of all of them. split: whether K may be split (a gated linear's never is).
     """
     kind, n = kind_of(w), w.shape[0]
     return _fitting(_gated_tile(kind, n, k, rows > 1) if gated else _plain_tile(kind, n, k, rows, split), w)

@@ -163,7 +163,7 @@ def answer_tensors(out: Any) -> list[Tensor]:
     An answer that is an object of another class is looked into, once. Left out are caches, which hold a
     rank's own heads: what transformers calls so, and, inside a tuple or list, pairs of equal shape
     [.., heads, tokens, head_dim]. Two layers' attention maps are no such pair: they are known by their
-    key, or, directly in the tuple that is the answer, by being square.
+    key, or, directly in the tuple that is the answer, by being square (of cross-attention they are not).
     """
     known = isinstance(out, (Tensor, tuple, list, Mapping)) or is_dataclass(out)
     return list(_walk(out if known or not hasattr(out, "__dict__") else vars(out), 0))
