@@ -55,14 +55,14 @@ def quantize(model: nn.Module, format: str, *, skip: Iterable[str] = ()) -> nn.M
 
 def _leave_fast_paths(model: nn.Module) -> None:
     """Of torch's own layers, which read the weights of their linears instead of calling them."""
-
-    def quantised(module: nn.Module) -> bool:
-        return any(isinstance(each, QuantLinear) for each in module.modules())
-
     for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer) and quantised(module):
-            module.activation_relu_or_gelu = 0
-    without_nested_tensors(model, quantised)
+        if not isinstance(module, (nn.TransformerEncoder, nn.TransformerEncoderLayer)):
+            continue
+        if any(isinstance(each, QuantLinear) for each in module.modules()):
+            if isinstance(module, nn.TransformerEncoderLayer):
+                module.activation_relu_or_gelu = 0
+            else:
+                without_nested_tensors(module)
 
 
 def _shared(model: nn.Module) -> set[int]:

@@ -307,11 +307,11 @@ def _replace_forwards(model: nn.Module, plan: ShardPlan, comm: Communicator, sta
         for module, attribute in places
         if attribute in ("in_proj_weight", "q_proj_weight") and name in plans
     }
-    for _, attention in list(replaceable(model)):
+    for attention in replaceable(model):
         weights = _attention_weights(projections.get(id(attention)), attention.head_dim, comm)
         replace_forward(attention, weights)
         state.restore.append(partial(restore_forward, attention))
-    state.restore += without_nested_tensors(model, lambda encoder: True)
+    state.restore += without_nested_tensors(model)
 
 
 def _attention_weights(

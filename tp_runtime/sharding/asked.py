@@ -43,7 +43,8 @@ def watch_requests(model: nn.Module, example_inputs: Any) -> RemovableHandle:
 
 
 def _asks(name: str) -> bool:
-    return name.lstrip("_").startswith(_PREFIXES) and name not in _ELSE
+    name = name.lstrip("_")
+    return name.startswith(_PREFIXES) and name not in _ELSE
 
 
 def _requests(

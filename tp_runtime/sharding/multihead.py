@@ -10,7 +10,7 @@ rank: averaged ones are one sum over ranks, those of each head are gathered. A t
 
 nn.TransformerEncoder turns padded rows into nested tensors, which no hook and no linear of ours takes.
 
-Legend: B batch, L queries, S keys, H heads here, D size of a head, E width.
+Legend: B batch, L queries, S keys, H heads here, D size of a head.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ _WEIGHTS = "_tp_attention_weights"
 _ZEROS = "_tp_zero_padding"
 
 
-def replaceable(model: nn.Module) -> Iterator[tuple[str, nn.MultiheadAttention]]:
-    """The attentions, by path, that `attend` computes as their own forward does."""
-    for path, module in model.named_modules():
+def replaceable(model: nn.Module) -> Iterator[nn.MultiheadAttention]:
+    """The attentions that `attend` computes as their own forward does."""
+    for module in model.modules():
         if not isinstance(module, nn.MultiheadAttention) or module.bias_k is not None or module.add_zero_attn:
             continue
         if not {"in_proj_weight", "q_proj_weight"} <= module._parameters.keys():
             continue  # parametrized, or pruned
         own = type(module).forward is nn.MultiheadAttention.forward and "forward" not in vars(module)
         if own or _WEIGHTS in vars(module):
-            yield path, module
+            yield module
 
 
 def own_weights(weights_BHLS: Tensor, average: bool) -> Tensor:
@@ -67,15 +67,17 @@ def restore_forward(module: nn.Module) -> None:
         del vars(module)["forward"]
 
 
-def without_nested_tensors(model: nn.Module, under: Callable[[nn.Module], bool]) -> list[Callable[[], None]]:
-    """Keep the encoders that `under` chooses from nested tensors, with the same results; what undoes it."""
+def without_nested_tensors(model: nn.Module) -> list[Callable[[], None]]:
+    """Keep the encoders in `model` from nested tensors, with the same results; what undoes it."""
     undo: list[Callable[[], None]] = []
     for module in model.modules():
-        if not isinstance(module, nn.TransformerEncoder) or not under(module):
-            continue
-        if module.use_nested_tensor or vars(module).get(_ZEROS):
+        # Of a copy that lost its hooks, the mark says that its results are those of nested tensors.
+        if isinstance(module, nn.TransformerEncoder) and (module.use_nested_tensor or _ZEROS in vars(module)):
+            layer = module.layers[-1]
+            if any(getattr(hook, "func", None) is _zero_padding for hook in layer._forward_hooks.values()):
+                continue
             fill = partial(_zero_padding, module.mask_check)
-            handle = module.layers[-1].register_forward_hook(fill, with_kwargs=True)
+            handle = layer.register_forward_hook(fill, with_kwargs=True)
             module.use_nested_tensor, vars(module)[_ZEROS] = False, True
             undo.append(partial(_nested_again, module, handle))
     return undo

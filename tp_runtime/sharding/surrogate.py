@@ -123,9 +123,9 @@ def make_surrogate(model: nn.Module, *, shorten: bool = False) -> Surrogate:
         layers = made.get_submodule(path)
         for place in set(stand_ins) - set(stand_ins.values()):
             del layers._modules[place]
-    for _, attention in list(replaceable(made)):
+    for attention in replaceable(made):
         replace_forward(attention)
-    without_nested_tensors(made, lambda encoder: True)
+    without_nested_tensors(made)
     return Surrogate(made, places)
 
 
