@@ -117,7 +117,8 @@ class Agent(LocalElasticAgent):
         return pids
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
-        if self._watch is not None and self._watch.undecided:
+        if self._watch is not None and self._watch.goes_on:
+            # Not torch's poll: it would collect a rank before the watch has read how it ended.
             return RunResult(state=WorkerState.HEALTHY)
         if self._watch is not None and self._watch.failure is not None:
             self.failure = self._watch.failure

@@ -114,9 +114,14 @@ class Watch(threading.Thread):
         self.start()
 
     @property
-    def undecided(self) -> bool:
-        """Whether something failed and it is not yet clear which rank was first."""
-        return bool(self._signs) and self.failure is None and not self._quiet.is_set() and self.is_alive()
+    def goes_on(self) -> bool:
+        """Whether ranks run, or one has failed and it is not yet clear which was first.
+
+        Until this is over, nobody else may collect a rank that ended: how it ended is read here.
+        """
+        if not self.is_alive() or self._quiet.is_set() or self.failure is not None:
+            return False
+        return bool(self._signs) or not all(rank.ended for rank in self._ranks.values())
 
     def quiet(self) -> None:
         """From now on ranks end because they are told to."""
@@ -205,20 +210,20 @@ class Watch(threading.Thread):
                 process.kill_group(rank.pid, signal.SIGKILL)
 
     def _on_end(self, rank: _Rank) -> None:
-        rank.ended = True
         try:
             status = os.waitid(os.P_PID, rank.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         except ChildProcessError:
-            return  # collected already; the agent has its exit code
+            status = None  # collected already, by the agent that ends the ranks
         if status is None or self._quiet.is_set():
-            return
-        if status.si_code != os.CLD_EXITED:
+            pass
+        elif status.si_code != os.CLD_EXITED:
             name = signal.Signals(status.si_status).name + self._hint(status.si_status)
             self._sign(
                 rank.rank, 128 + status.si_status, f"(pid {rank.pid}) was killed by {name}"
             ).killed = True
         elif status.si_status != 0:
             self._sign(rank.rank, status.si_status, "")
+        rank.ended = True  # last: the agent may collect the rank from now on
 
     def _hint(self, signum: int) -> str:
         """What a signal most likely means, where there is evidence or but one usual cause."""

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import socket
+import sys
 import time
 from pathlib import Path
 
@@ -38,6 +39,20 @@ def test_a_rank_is_killed(stage: str, tmp_path: Path) -> None:
         first_sentence(outcome)
         == f"error: rank 1 of 2 on {HOST} (pid {facts[1]['pid']}) was killed by SIGKILL"
     )
+    assert job.leftovers(facts) == []
+
+
+def test_a_rank_is_killed_and_the_watch_is_late(tmp_path: Path) -> None:
+    """The agent must not collect the rank first: the watch would know the end of the other one alone."""
+    words = ["--nproc", "2", str(SCRIPTS / "stages.py"), str(tmp_path), "import", "wait", "1"]
+    job = Launch(words, tmp_path, wrapper=[sys.executable, str(SCRIPTS / "late_watch.py")])
+    facts = job.facts(2)
+    os.kill(facts[1]["pid"], signal.SIGKILL)
+    outcome = job.wait(LIMIT_S)
+    assert outcome.code == 128 + signal.SIGKILL
+    assert outcome.sentences == [
+        f"error: rank 1 of 2 on {HOST} (pid {facts[1]['pid']}) was killed by SIGKILL"
+    ]
     assert job.leftovers(facts) == []
 
 
