@@ -170,6 +170,17 @@ def _check_fits(model: nn.Module, plan: ShardPlan) -> None:
     for path in [*hooked, *plan.vocabularies, *owners]:
         if path not in modules:
             raise ShardingError(f"the plan names {path}, which the model has not; make a plan of this model")
+    for integer in plan.integers:
+        path, _, attribute = integer.owner.partition(">")
+        holder = vars(modules[path]).get(attribute) if attribute else modules[path]
+        value = getattr(holder, integer.name, None)
+        if integer.index is not None and isinstance(value, (list, tuple)):
+            value = value[integer.index] if integer.index < len(value) else None
+        if value != integer.whole:
+            raise ShardingError(
+                f"{integer.name} of {integer.owner or 'the model'} is {value} and the plan is for "
+                f"{integer.whole}; make a plan of this model"
+            )
 
 
 def parameter_places(model: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:

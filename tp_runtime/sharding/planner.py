@@ -115,6 +115,12 @@ def _search(
         )
         plan = replace(plan, cut_short=True)
     _say_too_few(search, plan)
+    if search.shown:
+        log.get_logger().warning(
+            "hooks on %s see whole activations, which are gathered for them or stay whole; remove hooks that "
+            "you do not need before shard",
+            ", ".join(sorted(search.shown)),
+        )
     twins = siblings(surrogate.model, called)
     plan = replace(expand_plan(plan, surrogate, model, twins), branches=tuple(sorted(search.branches)))
     large = sum(p.numel() for p in model.parameters()) > LARGE_MODEL or any(

@@ -56,14 +56,16 @@ class Search:
     too_few: dict[str, int] = field(default_factory=dict)
     whole_before: set[str] = field(default_factory=set)
     branches: set[str] = field(default_factory=set)
+    shown: set[str] = field(default_factory=set)
 
     def trace(self) -> Trace:
         """A trace of the examples under the present decisions."""
         self.traces += 1
         model = make_surrogate(self.surrogate.model, shorten=False).model
-        trace = Trace(model, self.decisions)
+        trace = Trace(model, self.decisions, self.surrogate.hooked)
         trace.run(self.example.calls[self.example.proved_only :])
         self.branches |= trace.branches
+        self.shown |= trace.shown
         return trace
 
     def settle(self) -> Analysis:

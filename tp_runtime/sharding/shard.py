@@ -54,12 +54,12 @@ def plan(
         return plan
     styles = None if isinstance(plan, str) and plan == "trace" else declared_styles(model, plan)
     key = structure_key(model, world, styles, example_inputs, verify) if cache else ""
-    found = read_plan(key) if cache else None
+    found = read_plan(key) if key else None
     if found is None:
         found = search_plan(model, world, example_inputs, styles=styles, verify=verify)
         if styles is not None:
             check_followed(found, styles)
-        if cache and not found.cut_short:
+        if key and not found.cut_short:
             write_plan(key, found)
     if found.branches:
         log.get_logger().warning(

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import copy
 import mmap
-from dataclasses import dataclass, replace
+from collections import OrderedDict
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
+from .describe import same
 from .multihead import replace_forward, replaceable, without_nested_tensors
 from .plan import Ranges
 
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from .inputs import Example
 
 LARGE_WEIGHT = 1 << 22
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
 @runtime_checkable
@@ -47,10 +50,13 @@ def named_shapes(model: nn.Module) -> list[tuple[str, tuple[int, ...]]]:
 
 @dataclass
 class Surrogate:
-    """model: the copy. places: path of each shortened list -> place in the original -> place in the copy."""
+    """model: the copy. places: path of each shortened list -> place in the original -> place in the copy.
+    hooked: modules of the copy at which a user's hooks see what goes in and comes out.
+    """
 
     model: nn.Module
     places: dict[str, dict[str, str]]
+    hooked: set[str] = field(default_factory=set)
 
     def stand_in(self, name: str) -> str:
         """The name, in the copy, of what stands for a module or parameter of the original."""
@@ -95,8 +101,8 @@ def _role(model: nn.Module, name: str) -> tuple[object, ...]:
 
 
 def make_surrogate(model: nn.Module, *, shorten: bool = False) -> Surrogate:
-    """A disposable copy of model. shorten: cut every outermost list after the first layer of the last new
-    structure.
+    """A disposable copy of model, without its hooks. shorten: cut every outermost list after the first layer
+    of the last new structure.
     """
     places: dict[str, dict[str, str]] = {}
     dropped: list[nn.Module] = []
@@ -105,6 +111,8 @@ def make_surrogate(model: nn.Module, *, shorten: bool = False) -> Surrogate:
     gone = {id(module) for layer in dropped for module in layer.modules()}
     memo: dict[int, Any] = {id(layer): nn.Identity() for layer in dropped}
     for module in model.modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks):
+            memo[id(hooks)] = OrderedDict()
         if id(module) in gone:
             continue
         if isinstance(module, Divisible):
@@ -118,7 +126,8 @@ def make_surrogate(model: nn.Module, *, shorten: bool = False) -> Surrogate:
     made = copy.deepcopy(model, memo)
     made.eval()
     for module in made.modules():
-        _drop_hooks(module)
+        # transformers' hooks, which the next call that asks for something makes anew.
+        vars(module).pop("_output_capturing_hooks_installed", None)
     for path, stand_ins in places.items():
         layers = made.get_submodule(path)
         for place in set(stand_ins) - set(stand_ins.values()):
@@ -126,16 +135,9 @@ def make_surrogate(model: nn.Module, *, shorten: bool = False) -> Surrogate:
     for attention in replaceable(made):
         replace_forward(attention)
     without_nested_tensors(made)
-    return Surrogate(made, places)
-
-
-def _drop_hooks(module: nn.Module) -> None:
-    """Hooks belong to the original. Those in which transformers collects what a call asks for
-    (output_attentions, output_hidden_states) are made anew by the first such call.
-    """
-    for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks):
-        hooks.clear()
-    vars(module).pop("_output_capturing_hooks_installed", None)
+    surrogate = Surrogate(made, places)
+    surrogate.hooked = {surrogate.stand_in(path) for path, m in model.named_modules() if has_hooks(m)}
+    return surrogate
 
 
 def _stand_in_tensor(tensor: Tensor, clone: bool = False) -> Tensor:
@@ -175,29 +177,36 @@ def alike(one: nn.Module, place: int, other: nn.Module, other_place: int) -> boo
     """Whether two modules of a list have the same classes, shapes and settings all the way down; a number in
     which each holds its own place in the list does not count.
     """
-    settings, others = _settings(one), _settings(other)
-    if type(one) is not type(other) or settings.keys() != others.keys():
+    if type(one) is not type(other) or has_hooks(one) != has_hooks(other):
         return False
-    for name, value in settings.items():
-        own_places = value == place and others[name] == other_place and type(value) is int
-        if not own_places and value != others[name]:
-            return False
+    if _tensors(one) != _tensors(other) or not same(settings(one), settings(other), place, other_place):
+        return False
     children, more = dict(one.named_children()), dict(other.named_children())
     return list(children) == list(more) and all(
         alike(child, place, more[name], other_place) for name, child in children.items()
     )
 
 
-def _settings(module: nn.Module) -> dict[str, Any]:
-    """The plain attributes of a module, and the shapes and types of its tensors."""
-    found: dict[str, Any] = {
-        name: value
-        for name, value in vars(module).items()
-        if isinstance(value, (bool, int, float, str)) and name not in ("training", "_is_full_backward_hook")
-    }
-    for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
-        found["tensor " + name] = None if tensor is None else (tuple(tensor.shape), tensor.dtype)
-    return found
+def settings(module: nn.Module) -> dict[str, Any]:
+    """The attributes of a module that are neither its tensors, its children nor its hooks."""
+    return {name: value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE}
+
+
+def _tensors(module: nn.Module) -> dict[str, Any]:
+    """Shapes and types of a module's own tensors."""
+    own = [*module._parameters.items(), *module._buffers.items()]
+    return {name: None if tensor is None else (tuple(tensor.shape), tensor.dtype) for name, tensor in own}
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a user's own hooks see what goes into this module or comes out of it. Not those in which
+    transformers collects what a call asks for, nor those with which torch makes a weight of others.
+    """
+    for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+        home = getattr(hook, "__module__", None) or type(hook).__module__
+        if home.partition(".")[0] not in ("torch", "transformers"):
+            return True
+    return False
 
 
 def repeated(module: nn.Module) -> list[list[int]]:

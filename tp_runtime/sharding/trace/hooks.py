@@ -16,6 +16,7 @@ from .rules import tensors_in
 
 if TYPE_CHECKING:
     from .mode import Trace
+
 BIRTH_LIMIT = 1 << 18  # elements of an activation that may get ids of its own
 
 
@@ -33,6 +34,9 @@ class Enter:
         trace = self.trace
         trace.stack.append(self.name)
         if trace.suspended:
+            return None
+        if self.name in trace.hooked:
+            _show(trace, self.name, [*tensors_in(args), *tensors_in(kwargs)])
             return None
         if self.name in trace.decisions.norms:
             tensors = tensors_in(args) + tensors_in(kwargs)
@@ -83,6 +87,7 @@ class Leave:
             return out
         if self.name in trace.decisions.gathers:
             out = self._gathered(out)
+        seen = tensors_in(out) if self.name in trace.hooked else []
         for place, tensor in result_tensors(out):
             trace.partials.returned(self.name, place, tensor)
             labels = trace.labels.get(tensor)
@@ -90,6 +95,7 @@ class Leave:
             trace.result_whole[self.name] = trace.result_whole.get(self.name, True) and not cut
             if labels is not None and not cut and labels.numel() <= BIRTH_LIMIT:
                 trace.result_soft.setdefault(self.name, []).append(torch.unique(labels).numpy())
+        _show(trace, self.name, seen)
         trace.stack.pop()
         if trace.where in trace.decisions.births and trace.where:
             out = self._born(out)
@@ -134,6 +140,15 @@ class Leave:
                 out = out.clone()
                 trace.birth(f"{self.name}@", out, "result")
         return out
+
+
+def _show(trace: Trace, name: str, tensors: list[Tensor]) -> None:
+    """Tensors that a user's hook on module `name` sees."""
+    for tensor in tensors:
+        labels = trace.labels.get(tensor)
+        if labels is not None and bool((labels > 0).any()):
+            trace.shown.add(name)
+        trace.need_whole(tensor, f"the hook on {name} sees it", name)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ elements are not computed but drawn, since no decision rests on their values.
 from __future__ import annotations
 
 import sys
+from collections.abc import Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -80,8 +81,11 @@ def _line_of_the_model() -> str:
 class Trace(TorchDispatchMode):
     """Labels, partial sums and integer equations of one forward pass of `model` under `decisions`."""
 
-    def __init__(self, model: nn.Module, decisions: Decisions) -> None:
+    def __init__(self, model: nn.Module, decisions: Decisions, hooked: Set[str] = frozenset()) -> None:
+        """hooked: modules at whose ends everything must be whole."""
         super().__init__()
+        self.hooked = hooked
+        self.shown: set[str] = set()  # those of them at which something would have been cut
         self.model = model
         self.decisions = decisions
         self.labels = Labels()
@@ -143,10 +147,7 @@ class Trace(TorchDispatchMode):
         with torch.no_grad(), self.integers, self:
             out = self.model.get_submodule(path)(*args, **kwargs)
         for tensor in answer_tensors(out):
-            labels = self.labels.get(tensor)
-            self.labels.fail(labels, "the result of the model depends on it", path)
-            self.labels.pin(labels)
-            self._demand(tensor)
+            self.need_whole(tensor, "the result of the model depends on it", path)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -313,6 +314,13 @@ class Trace(TorchDispatchMode):
                 self.partials.mark(out, self.partials.join([partial, known]))
             elif not self._is_zero(bias):
                 self.partials.demand(partial, "a result")
+
+    def need_whole(self, tensor: Tensor, reason: str, module: str) -> None:
+        """Somebody sees this tensor who must not see a rank's part, nor a sum that is not complete."""
+        labels = self.labels.get(tensor)
+        self.labels.fail(labels, reason, module)
+        self.labels.pin(labels)
+        self._demand(tensor)
 
     def _demand(self, tensor: Tensor) -> None:
         partial = self.partials.get(tensor)
