@@ -17,8 +17,8 @@ from .plan import Collective, Ranges, WeightPlan
 from .rules import VOCAB_UNITS, split_range
 from .shardplan import Gather, Integer, Norm, ShardPlan, Slice
 from .trace.integers import Attribute, solve
-from .trace.labels import Source
 from .trace.mode import Decisions, Trace
+from .trace.sources import Source
 
 
 @dataclass

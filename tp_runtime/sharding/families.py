@@ -15,7 +15,9 @@ from functools import cached_property
 import numpy as np
 from torch import Tensor
 
-from .trace.labels import COPIED, SHARED, Labels, Meet, Source, Tie, unique_pairs
+from .trace.grids import SHARED, unique_pairs
+from .trace.labels import Labels, Meet, Tie
+from .trace.sources import COPIED, Source
 
 
 def components(count: int, a: np.ndarray, b: np.ndarray) -> np.ndarray:

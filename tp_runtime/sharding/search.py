@@ -28,8 +28,10 @@ from .inputs import Example
 from .norms import recognise
 from .shares import assign
 from .surrogate import Surrogate, make_surrogate
-from .trace.labels import COPIED, NORMAL, REPLICATED, SHARED, Misfit, Source, unique_pairs
+from .trace.grids import SHARED, unique_pairs
+from .trace.labels import Misfit
 from .trace.mode import Decisions, Trace
+from .trace.sources import COPIED, NORMAL, REPLICATED, Source
 
 MAX_TRACES = 60
 FEW = 4  # times as many weights decide where a few others beside them are cut

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .labels import SHARED, WeightView
+from .grids import SHARED
+from .sources import WeightView
 
 if TYPE_CHECKING:
     from .mode import Trace

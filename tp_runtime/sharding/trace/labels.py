@@ -11,14 +11,13 @@ integer per tensor element:
 Labels belong to storages, not to tensors: a view has the labels of what it views, and a write through a view
 is seen by its base, with no rule for either. Parameters need no label storage at all: the id of an element
 follows from the strides of the view, so that a matrix of a 70B model costs nothing until some of its elements
-are named. Where an operation ties all elements along a dimension of a parameter, one representative (index 0)
-stands for them (`Source.tied`).
+are named (`sources.py`). Where an operation ties all elements along a dimension of a parameter, one
+representative (index 0) stands for them (`Source.tied`).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 from math import prod
 
 import numpy as np
@@ -26,136 +25,7 @@ import torch
 from torch import Tensor
 
 from .grids import SHARED, pair_up, preferred, restore, squeeze_constant, squeeze_each, unique_pairs
-
-DENSE_LIMIT = 1 << 22  # elements of a parameter whose labels may be written out one by one
-NORMAL, REPLICATED, COPIED = 0, 1, 2  # what was decided for an index of a source
-
-
-class TooLargeError(Exception):
-    """Labels of a very large parameter would have to be written out; it stays whole instead."""
-
-    def __init__(self, source: Source) -> None:
-        super().__init__(source.name)
-        self.source = source
-
-
-@dataclass
-class Source:
-    """Something whose elements can be cut: a parameter, a module's argument or result, a new tensor.
-
-    base: id of its first element. kind: "weight" or "buffer" (of the model), "argument", "result" (of a
-    module), "new". tied: dims along which all elements go together. decided: (dim, array of NORMAL,
-    REPLICATED, COPIED).
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    base: int
-    kind: str
-    tied: set[int] = field(default_factory=set)
-    decided: tuple[int, np.ndarray] | None = None
-
-    @cached_property
-    def numel(self) -> int:
-        return prod(self.shape)
-
-    @cached_property
-    def strides(self) -> tuple[int, ...]:
-        return tuple(prod(self.shape[d + 1 :]) for d in range(len(self.shape)))
-
-    def index(self, ids: np.ndarray, dim: int) -> np.ndarray:
-        """The index along `dim` of each id."""
-        return (ids - self.base) // self.strides[dim] % self.shape[dim]
-
-    def canonical(self, ids: np.ndarray) -> np.ndarray:
-        """Each id's representative under the tied dims."""
-        for dim in self.tied:
-            ids = ids - self.index(ids, dim) * self.strides[dim]
-        return ids
-
-    def apply_decisions(self, labels: Tensor) -> Tensor:
-        """Positive ids of this source, with replicated ones set to 0 and copied ones marked SHARED."""
-        if self.decided is None or labels.numel() == 0:
-            return labels
-        dim, marks = self.decided
-        mark = torch.from_numpy(marks)[(labels - self.base) // self.strides[dim] % self.shape[dim]]
-        return torch.where(mark == REPLICATED, 0, torch.where(mark == COPIED, labels | SHARED, labels))
-
-
-@dataclass
-class WeightView:
-    """A parameter's view as a grid of ids, by strides; or, where several parameters were joined, written out.
-
-    dense: positive ids (0 where whole), or None.
-    """
-
-    source: Source | None
-    sizes: tuple[int, ...]
-    strides: tuple[int, ...] = ()
-    offset: int = 0
-    dense: Tensor | None = None
-
-    @property
-    def numel(self) -> int:
-        return prod(self.sizes)
-
-    def narrow(self, dim: int, start: int, length: int) -> WeightView:
-        """The view's indices [start, start + length) of dim."""
-        if self.dense is not None:
-            part = self.dense.narrow(dim, start, length)
-            return WeightView(None, tuple(part.shape), dense=part)
-        dim %= len(self.sizes)
-        sizes = (*self.sizes[:dim], length, *self.sizes[dim + 1 :])
-        return WeightView(self.source, sizes, self.strides, self.offset + start * self.strides[dim])
-
-    def squeeze(self, dim: int) -> WeightView:
-        """Without a dimension of size 1."""
-        if self.dense is not None:
-            part = self.dense.squeeze(dim)
-            return WeightView(None, tuple(part.shape), dense=part)
-        return WeightView(
-            self.source,
-            self.sizes[:dim] + self.sizes[dim + 1 :],
-            self.strides[:dim] + self.strides[dim + 1 :],
-            self.offset,
-        )
-
-    def unsqueeze(self) -> WeightView:
-        """With a leading dimension of size 1."""
-        if self.dense is not None:
-            return WeightView(None, (1, *self.sizes), dense=self.dense.unsqueeze(0))
-        return WeightView(self.source, (1, *self.sizes), (0, *self.strides), self.offset)
-
-    def transpose(self) -> WeightView:
-        """With the last two dimensions exchanged."""
-        if self.dense is not None:
-            part = self.dense.transpose(-1, -2)
-            return WeightView(None, tuple(part.shape), dense=part)
-        *sizes, m, n = self.sizes
-        *strides, a, b = self.strides
-        return WeightView(self.source, (*sizes, n, m), (*strides, b, a), self.offset)
-
-    def ids(self) -> Tensor:
-        """The positive labels of all elements (decisions applied). Raises TooLargeError."""
-        if self.dense is not None:
-            return self.dense
-        assert self.source is not None, "a view without a source is dense"
-        if self.numel > DENSE_LIMIT:
-            raise TooLargeError(self.source)
-        grid = torch.full([1] * len(self.sizes), self.offset + self.source.base, dtype=torch.int64)
-        for dim, (size, stride) in enumerate(zip(self.sizes, self.strides, strict=True)):
-            shape = [size if d == dim else 1 for d in range(len(self.sizes))]
-            grid = grid + torch.arange(size).view(shape) * stride
-        return self.source.apply_decisions(grid.expand(self.sizes))
-
-    @property
-    def shared_dims(self) -> tuple[int, ...]:
-        """Dims along which the same elements repeat (an expanded weight)."""
-        if self.dense is not None:
-            return ()
-        return tuple(
-            d for d, (n, s) in enumerate(zip(self.sizes, self.strides, strict=True)) if s == 0 and n > 1
-        )
+from .sources import BUFFER_LIMIT, DENSE_LIMIT, Source, TooLargeError, WeightView, storage_key
 
 
 @dataclass
@@ -220,13 +90,13 @@ class Labels:
         source = Source(name, tuple(tensor.shape), self.next_id, kind)
         self.next_id += max(source.numel, 1)
         self.sources.append(source)
-        self.by_storage[_key(tensor)] = source
+        self.by_storage[storage_key(tensor)] = source
         self.keep.append(tensor.untyped_storage())
         return source
 
     def weight_view(self, tensor: Tensor) -> WeightView | None:
         """The view of a source that this tensor is; None where it is none."""
-        source = self.by_storage.get(_key(tensor))
+        source = self.by_storage.get(storage_key(tensor))
         if source is None:
             return None
         return WeightView(source, tuple(tensor.shape), tuple(tensor.stride()), int(tensor.storage_offset()))
@@ -236,7 +106,7 @@ class Labels:
         view = self.weight_view(tensor)
         if view is not None:
             return -view.ids()
-        found = self.storages.get(_key(tensor))
+        found = self.storages.get(storage_key(tensor))
         if found is None:
             return None
         flat, unit = found
@@ -254,9 +124,15 @@ class Labels:
 
     def put(self, tensor: Tensor, labels: Tensor) -> None:
         """Set the labels of a tensor (of its part of the storage)."""
-        if tensor.numel() == 0 or _key(tensor) in self.by_storage:
+        if tensor.numel() == 0:
             return
-        key = _key(tensor)
+        key = storage_key(tensor)
+        if key in self.by_storage:
+            whole = self.overwrite(tensor, labels)
+            if whole is not None:  # from now on it has labels as an activation has
+                self.storages[key] = (whole.reshape(-1), tensor.itemsize)
+                del self.by_storage[key]
+            return
         if key not in self.storages:
             if not bool(labels.any()):
                 return
@@ -271,6 +147,37 @@ class Labels:
         flat.as_strided(tensor.shape, tensor.stride(), int(tensor.storage_offset())).copy_(labels)
 
     # what operations say
+
+    def overwrite(self, tensor: Tensor, labels: Tensor) -> Tensor | None:
+        """What is written into a view of a buffer (a cache of keys) says where the buffer's elements live:
+        with what is written there, and along dims where that is all the same, together. The labels that the
+        whole buffer then has, in its own shape; None where nothing hard is written.
+        """
+        view, hard = self.weight_view(tensor), labels.clamp_min(0)
+        source = None if view is None else view.source
+        if view is None or source is None or source.kind != "buffer" or not bool(hard.any()):
+            return None
+        if source.numel > BUFFER_LIMIT:
+            raise TooLargeError(source)
+        own = -source.apply_decisions(torch.arange(source.numel) + source.base).view(source.shape)
+        place = {stride: dim for dim, stride in enumerate(view.strides) if view.sizes[dim] > 1}
+        dims = [place.get(s) if n > 1 else None for s, n in zip(source.strides, source.shape, strict=True)]
+        if len(place) == sum(dim is not None for dim in dims):  # the buffer's own dims, or some of them
+            for own_dim, dim in enumerate(dims):
+                if dim is None or not _varies(hard, dim):
+                    source.tied.add(own_dim)
+                    if dim is not None:
+                        hard, view = hard.amax(dim, keepdim=True), view.narrow(dim, 0, 1)
+            self.meet(hard, -view.ids())
+            there = [dim for dim in dims if dim is not None]
+            rest = [dim for dim in range(hard.dim()) if dim not in there]
+            hard = hard.permute(*there, *rest).reshape([1 if d is None else hard.shape[d] for d in dims])
+            if all(n in (1, m) for n, m in zip(hard.shape, source.shape, strict=True)):
+                return torch.where(hard > 0, hard, own)
+        else:
+            self.meet(hard, -view.ids())
+        own.view(-1).as_strided(tensor.shape, tensor.stride(), int(tensor.storage_offset())).copy_(labels)
+        return own
 
     def tie_along(self, labels: Tensor, dims: list[int], module: str, op: str) -> Tensor:
         """Tie all labels along dims, and return one of them for each of the rest (dims kept, size 1)."""
@@ -479,19 +386,7 @@ class Labels:
             self.pins.append(torch.unique(-soft).numpy())
 
 
-def _key(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
-
-
-class StorageSet:
-    """Storages with a property. Members are kept alive, so that no later tensor is taken for one of them."""
-
-    def __init__(self) -> None:
-        self._kept: dict[int, object] = {}
-
-    def add(self, tensor: Tensor) -> None:
-        """Add a tensor's storage."""
-        self._kept[_key(tensor)] = tensor.untyped_storage()
-
-    def __contains__(self, tensor: Tensor) -> bool:
-        return _key(tensor) in self._kept
+def _varies(hard: Tensor, dim: int) -> bool:
+    """Whether positive labels differ along dim; zeros do not count."""
+    largest, smallest = hard.amax(dim), torch.where(hard > 0, hard, SHARED << 1).amin(dim)
+    return bool(((largest > 0) & (largest != smallest)).any())

@@ -18,19 +18,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .grids import SHARED
 from .hooks import BIRTH_LIMIT, Enter, Leave, answer_tensors
 from .integers import Attribute, Equation, IntegerMode, install
-from .labels import (
-    DENSE_LIMIT,
-    SHARED,
-    Labels,
-    Source,
-    StorageSet,
-    TooLargeError,
-)
+from .labels import Labels
 from .operators import BY_INDEX, JOINING, LINEAR, NEW, SHAPE_ONLY
 from .partial import Partials
 from .rules import apply_rule, tensors_in
+from .sources import DENSE_LIMIT, Source, StorageSet, TooLargeError
 
 _OURS = {"torch", __name__.split(".")[0]}
 
@@ -235,6 +230,8 @@ class Trace(TorchDispatchMode):
         elif op in BY_INDEX and ins[0] in self.constants:
             for tensor in outs:
                 self.rows_of_constants.add(tensor)
+        elif inplace and ins[0] in self.constants:
+            self.constants.discard(ins[0])
         self._follow_partials(op, inplace, args, kwargs, ins, outs)
         if op not in SHAPE_ONLY and any(self.labelled(t) for t in ins):
             apply_rule(self, func, op, inplace, args, kwargs, out)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import Tensor
 
-from .labels import StorageSet
+from .sources import StorageSet
 
 Point = tuple[str, str]  # module, place in its result ("" or "0", "hidden_states", ...)
 

@@ -139,7 +139,7 @@ def _writes(trace: Trace, op: str, inplace: bool, args: Any, kwargs: Any, out: T
         labels.index_copy_(args[1], args[2], _zeros_for(trace, args[3]))
         trace.labels.fail(trace.labels.get(args[2]), f"{op} by an index that depends on it", trace.where)
     elif op in ("index_put", "_index_put_impl"):
-        labels.index_put_(list(args[1]), _zeros_for(trace, args[2]))
+        torch.ops.aten.index_put_(labels, list(args[1]), _zeros_for(trace, args[2]))
     elif op in ("scatter", "scatter_add", "scatter_reduce"):
         trace.labels.fail(trace.labels.get(args[2]), f"{op} by an index that depends on it", trace.where)
         source = args[3] if isinstance(args[3], Tensor) else torch.zeros(())
@@ -152,6 +152,9 @@ def _writes(trace: Trace, op: str, inplace: bool, args: Any, kwargs: Any, out: T
         labels = torch.slice_scatter(labels, _zeros_for(trace, args[1]), *args[2:], **kwargs)
     else:
         labels = torch.select_scatter(labels, _zeros_for(trace, args[1]), *args[2:], **kwargs)
+    whole = None if inplace else trace.labels.overwrite(args[0], labels)
+    if whole is not None:
+        labels = whole.view(-1).as_strided(args[0].shape, args[0].stride(), int(args[0].storage_offset()))
     trace.labels.put(args[0] if inplace else out, labels)
 
 
