@@ -353,8 +353,19 @@ class Search:
             if misfit.module not in known and misfit.module:
                 self.decisions.births.add(misfit.module)
                 continue
-            for family in self._families_of(analysis, misfit.labels.numpy().reshape(-1)):
+            cut = self._families_of(analysis, misfit.labels.numpy().reshape(-1))
+            for family in self._low_rank_inside(analysis, misfit.module, cut) or cut:
                 self._first_whole(family, analysis.trace, reason)
+
+    def _low_rank_inside(self, analysis: Analysis, module: str, cut: list[Family]) -> list[Family]:
+        """Families of few weights whose sums over ranks something in this module needs (the decay of a linear
+        attention): where these are whole, what they give can be cut with what it meets.
+        """
+        demanded = analysis.trace.partials.demanded.values()
+        ids = [leaf.ids for partial in demanded if partial.needed_in == module for leaf in partial.leaves()]
+        summed = self._families_of(analysis, np.concatenate(ids)) if ids else []
+        others = [family for family in summed if all(family is not known for known in cut)]
+        return [family for family in others if self._values([family]) * FEW <= self._values(cut)]
 
     def _low_rank_whole(self, analysis: Analysis, misfit: Misfit, reason: str) -> bool:
         """Where a cut operand meets a sum over ranks and one of the two is of few weights (a low-rank pair

@@ -167,6 +167,28 @@ class ChannelMixer(nn.Module):
         return self.second((mixed + x.new_ones(1) * self.skip) * F.silu(gate))
 
 
+class LinearAttention(nn.Module):
+    """A state of keys times values that decays by what a low-rank pair makes of the input, as in RWKV-6."""
+
+    def __init__(self, heads: int, kv_heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query, self.key, self.value = (nn.Linear(HIDDEN, heads * HEAD, bias=False) for _ in range(3))
+        self.down, self.up = nn.Linear(HIDDEN, 4), nn.Linear(4, heads * HEAD)
+        self.out = nn.Linear(heads * HEAD, HIDDEN, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, _ = x.shape
+        parts = self.query(x), self.key(x), self.value(x), torch.exp(-self.up(torch.tanh(self.down(x))).exp())
+        q, k, v, kept = (part.view(batch, tokens, self.heads, -1) for part in parts)
+        state, rows = x.new_zeros(batch, self.heads, HEAD, HEAD), []
+        for token in range(tokens):
+            new = k[:, token, :, :, None] * v[:, token, :, None, :]
+            state = state * kept[:, token, :, :, None] + new
+            rows.append((q[:, token, :, None, :] @ state).squeeze(2))
+        return self.out(torch.stack(rows, 1).flatten(2))
+
+
 class Decoder(nn.Module):
     """Embedding, two layers of mixer and MLP, norm and head (tied: the embedding's own matrix)."""
 
@@ -207,6 +229,7 @@ MODELS: dict[str, Callable[[int, int], nn.Module]] = {
     "experts": lambda n, k: Decoder(lambda: GroupedAttention(n, k), Experts),
     "whole norm": lambda n, k: Decoder(lambda: GroupedAttention(n, k, True), GatedMLP),
     "channels": lambda n, k: Decoder(lambda: ChannelMixer(n, k), GatedMLP),
+    "linear attention": lambda n, k: Decoder(lambda: LinearAttention(n, k), GatedMLP),
 }
 
 

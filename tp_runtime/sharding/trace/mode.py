@@ -253,7 +253,7 @@ class Trace(TorchDispatchMode):
         others = [t for t, s in zip(ins, states, strict=True) if s is None and t.is_floating_point()]
         if op not in LINEAR or not self._stays_linear(op, args, partial, others):
             for state in partial:
-                self.partials.demand(state, op)
+                self.partials.demand(state, op, self.where)
             return
         joined = self.partials.join(partial)
         if op in ("add", "sub"):
@@ -310,7 +310,7 @@ class Trace(TorchDispatchMode):
             if known is not None:
                 self.partials.mark(out, self.partials.join([partial, known]))
             elif not self._is_zero(bias):
-                self.partials.demand(partial, "a result")
+                self.partials.demand(partial, "a result", self.where)
 
     def need_whole(self, tensor: Tensor, reason: str, module: str) -> None:
         """Somebody sees this tensor who must not see a rank's part, nor a sum that is not complete."""
@@ -322,7 +322,7 @@ class Trace(TorchDispatchMode):
     def _demand(self, tensor: Tensor) -> None:
         partial = self.partials.get(tensor)
         if partial is not None:
-            self.partials.demand(partial, "a result")
+            self.partials.demand(partial, "a result", self.where)
 
     # cutting activations
 

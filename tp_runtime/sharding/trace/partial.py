@@ -31,6 +31,7 @@ class Partial:
     exits: list[Point] = field(default_factory=list)
     biases: list[tuple[int, np.ndarray]] = field(default_factory=list)  # (exits so far, ids)
     needed_by: str = ""
+    needed_in: str = ""
     needed_inside: bool = False  # needed before any module returned it
 
     def leaves(self) -> list[Partial]:
@@ -73,9 +74,10 @@ class Partials:
             return distinct[0]
         return Partial(np.zeros(0, np.int64), "", tuple(distinct))
 
-    def demand(self, partial: Partial, op: str) -> None:
-        """An operation needs this summed."""
+    def demand(self, partial: Partial, op: str, module: str) -> None:
+        """An operation in a module needs this summed."""
         partial.needed_by = partial.needed_by or op
+        partial.needed_in = partial.needed_in or module
         partial.needed_inside |= not partial.exits
         self.demanded[id(partial)] = partial
 
