@@ -15,11 +15,11 @@ from functools import cached_property
 import numpy as np
 
 from .build import Analysis
+from .copies import cheapest_part
 from .families import (
     Family,
     Graph,
     Owners,
-    components,
     cut_of,
     find_families,
     ranks_of_groups,
@@ -31,6 +31,7 @@ from .surrogate import Surrogate, make_surrogate
 from .trace.grids import SHARED, unique_pairs
 from .trace.labels import Misfit
 from .trace.mode import Decisions, Trace
+from .trace.partial import Partial
 from .trace.sources import COPIED, NORMAL, REPLICATED, Source
 
 MAX_TRACES = 60
@@ -86,10 +87,11 @@ class Search:
             self.decisions.whole.setdefault(name, "an operation on it other than a product")
         graph = Graph(trace.labels)
         families = find_families(graph, trace.order)
-        if self._drop_failed_copies(graph):
+        stuck = trace.partials.resolve()[2]
+        if self._set_apart(trace, stuck) or self._drop_failed_copies(graph):
             return Analysis(trace, graph, [], Owners(graph, {}, self.world), self.world)
         if not any(f.failed or len(f.units) < self.world for f in families):
-            self._note_stuck(graph, families, trace.partials.resolve()[2])
+            self._note_stuck(graph, families, stuck)
         counts: dict[int, list[int]] = {}
         good: list[Family] = []
         poisoned = any(f.failed for f in families)
@@ -116,6 +118,15 @@ class Search:
 
     # families
 
+    def _set_apart(self, trace: Trace, stuck: list[Partial]) -> bool:
+        """Where several products at once (one a head) give sums that are needed at once, each of the matrices
+        goes with its head instead.
+        """
+        found = {trace.source_name(int(sum_.ids[0])) for sum_ in stuck if sum_.batched and len(sum_.ids)}
+        new = found - self.decisions.apart
+        self.decisions.apart |= new
+        return bool(new)
+
     def _drop_failed_copies(self, graph: Graph) -> bool:
         """Weights of which copied parts cannot be followed are whole instead; of several, where some are much
         smaller (a low-rank pair), those first, and the others as if nothing had been copied.
@@ -136,7 +147,7 @@ class Search:
                 self.decisions.whole[name] = reason
         return bool(failed)
 
-    def _note_stuck(self, graph: Graph, families: list[Family], stuck: list) -> None:
+    def _note_stuck(self, graph: Graph, families: list[Family], stuck: list[Partial]) -> None:
         for partial in stuck:
             units = set(np.unique(graph.component[graph.places(partial.ids)]).tolist())
             for family in families:
@@ -255,7 +266,7 @@ class Search:
         pairs = pairs[np.isin(pairs[:, 0], apart[nodes]) & (pairs[:, 0] != pairs[:, 1])]
         if not len(pairs):
             return False
-        best = _best_part(graph, apart, nodes, pairs, len(family.units))
+        best = cheapest_part(graph, apart, nodes, pairs, len(family.units))
         if best is None:
             return False
         changed = False
@@ -437,66 +448,3 @@ def _free_dim(source: Source) -> int | None:
     """The only dim along which a source may be cut."""
     free = [d for d in range(len(source.shape)) if d not in source.tied and source.shape[d] > 1]
     return free[0] if len(free) == 1 else None
-
-
-def _best_part(
-    graph: Graph, apart: np.ndarray, nodes: np.ndarray, pairs: np.ndarray, units: int
-) -> dict[int, np.ndarray] | None:
-    """Ids, by source, of the cheapest class of components that several others are joined to, and whose
-    removal leaves more than `units` components; None where there is none.
-    """
-    own = apart[nodes]
-    members = np.unique(own)
-    both = np.concatenate([pairs, pairs[:, ::-1]])
-    both = unique_pairs(both[:, 0], both[:, 1])[0]
-    degree = {int(c): 0 for c in members}
-    for component in both[:, 0].tolist():
-        if component in degree:
-            degree[component] += 1
-    places = graph.source_places(graph.nodes[nodes])
-    cost, kinds = _costs(graph, nodes, own, places)
-    classes: dict[tuple[object, ...], list[int]] = {}
-    for component in members.tolist():
-        if degree[component] >= 2 and kinds[component]:
-            classes.setdefault((kinds[component], degree[component], round(cost[component])), []).append(
-                component
-            )
-    ranked = sorted(classes.values(), key=lambda members: sum(cost[c] for c in members))
-
-    def left_without(chosen: list[list[int]]) -> int:
-        left = members[~np.isin(members, [c for group in chosen for c in group])]
-        inside = np.searchsorted(left, pairs[np.isin(pairs[:, 0], left) & np.isin(pairs[:, 1], left)])
-        return len(np.unique(components(len(left), inside[:, 0], inside[:, 1])))
-
-    chosen: list[list[int]] = []
-    for group in ranked:
-        chosen.append(group)
-        if left_without(chosen) > units:
-            break
-    else:
-        return None
-    for group in chosen[:-1]:
-        if left_without([g for g in chosen if g is not group]) > units:
-            chosen = [g for g in chosen if g is not group]
-    mask = np.isin(own, [c for group in chosen for c in group])
-    ids = graph.nodes[nodes[mask]]
-    return {int(p): ids[places[mask] == p] for p in np.unique(places[mask])}
-
-
-def _costs(
-    graph: Graph, nodes: np.ndarray, own: np.ndarray, places: np.ndarray
-) -> tuple[dict[int, float], dict[int, tuple[str, ...]]]:
-    """For each component: weight elements it stands for, and the matrices it is part of."""
-    cost: dict[int, float] = {}
-    kinds: dict[int, set[str]] = {}
-    for place in np.unique(places):
-        source = graph.labels.sources[place]
-        mine = own[places == place]
-        each = source.numel / max(len(mine), 1)
-        matrix = source.kind == "weight" and len(source.shape) > 1
-        for component in mine.tolist():
-            cost[component] = cost.get(component, 0.0) + each
-            kinds.setdefault(component, set())
-            if matrix:
-                kinds[component].add(source.name)
-    return cost, {c: tuple(sorted(k)) for c, k in kinds.items()}

@@ -189,6 +189,29 @@ class LinearAttention(nn.Module):
         return self.out(torch.stack(rows, 1).flatten(2))
 
 
+class AbsorbedAttention(nn.Module):
+    """Attention in a latent space: one projection's weight, a matrix a head, is multiplied into queries and
+    results (DeepSeek's attention as it is written for decoding).
+    """
+
+    def __init__(self, heads: int, kv_heads: int, latent: int = 20) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query, self.down = nn.Linear(HIDDEN, heads * HEAD, bias=False), nn.Linear(HIDDEN, latent)
+        self.norm, self.up = RootMeanSquare(latent), nn.Linear(latent, 2 * heads * HEAD, bias=False)
+        self.out = nn.Linear(heads * HEAD, HIDDEN, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        latent = self.norm(self.down(x))
+        to_keys, to_values = self.up.weight.view(self.heads, 2 * HEAD, -1).split(HEAD, 1)
+        query = self.query(x).unflatten(-1, (self.heads, HEAD))
+        query = torch.einsum("bthd,hdr->bthr", query, to_keys)
+        scores = torch.einsum("bthr,bsr->bhts", query, latent) * HEAD**-0.5
+        seen = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+        mixed = torch.einsum("bhts,bsr->bthr", scores.masked_fill(~seen, -1e9).softmax(-1), latent)
+        return self.out(torch.einsum("bthr,hdr->bthd", mixed, to_values).flatten(2))
+
+
 class Decoder(nn.Module):
     """Embedding, two layers of mixer and MLP, norm and head (tied: the embedding's own matrix)."""
 
@@ -230,6 +253,7 @@ MODELS: dict[str, Callable[[int, int], nn.Module]] = {
     "whole norm": lambda n, k: Decoder(lambda: GroupedAttention(n, k, True), GatedMLP),
     "channels": lambda n, k: Decoder(lambda: ChannelMixer(n, k), GatedMLP),
     "linear attention": lambda n, k: Decoder(lambda: LinearAttention(n, k), GatedMLP),
+    "absorbed": lambda n, k: Decoder(lambda: AbsorbedAttention(n, k), GatedMLP),
 }
 
 

@@ -55,13 +55,17 @@ def contract(
     uniform = bool((hard == hard[:, :1, :1]).all()) and hard.shape[2] > 1 and not bool((hard == 0).any())
     shared = batch > 1 and (w.sizes[0] == 1 or 0 in w.shared_dims)
     differs = shared and not bool((hard == hard[:1]).all())
-    by_k = bool((hard == hard[:, :1]).all()) and not differs
+    apart = w.source is not None and w.source.name in trace.decisions.apart
+    by_k = bool((hard == hard[:, :1]).all()) and not differs and not apart
     if by_k and not uniform:
         return torch.zeros(shape, dtype=torch.int64), _row(trace, hard[:, 0], w, op)
     if uniform and not differs and bool((hard == hard[:1, :1, :1]).all()):
         trace.labels.fail(hard, "all of it goes together before the next weight", trace.where)
         return torch.zeros(shape, dtype=torch.int64), None
     out = trace.labels.tie_along(hard, [2], trace.where, op)
+    for dim in (2, 1) if apart else ():
+        if w.source_dim(dim) is not None:
+            w = trace.labels.tie_weight(w, dim, trace.where, op)
     _meet_unit(trace, out, w)
     return out.expand(shape), None
 
@@ -143,7 +147,7 @@ def _finish(
     bias: Tensor | None,
 ) -> None:
     if ids is not None:
-        trace.partials.create(out, ids, trace.where)
+        trace.partials.create(out, ids, trace.where, batched=shape[0] > 1)
         if bias is not None:
             trace.add_to_partial(out, bias)
         return

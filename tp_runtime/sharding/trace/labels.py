@@ -352,13 +352,9 @@ class Labels:
             return first
         source = view.source
         assert source is not None, "a view without a source is dense"
-        whole = [
-            d
-            for d in range(len(source.shape))
-            if (source.strides[d], source.shape[d]) == (view.strides[dim], view.sizes[dim])
-        ]
-        if whole:
-            source.tied.add(whole[0])
+        whole = view.source_dim(dim)
+        if whole is not None:
+            source.tied.add(whole)
         elif view.numel <= DENSE_LIMIT:
             pairs = pair_up(view.ids(), first.ids())
             if len(pairs):

@@ -37,7 +37,8 @@ class Decisions:
     whole: parameters that stay whole. marks: (dim, NORMAL | REPLICATED | COPIED per index) of parameters of
     which some rows do. births: modules in which whole
     activations may be cut. norms: modules that reduce over a cut dim by a collective. gathers: modules whose
-    cut result is gathered.
+    cut result is gathered. apart: weights that are several matrices, each of which goes, all of it, with what
+    it is multiplied by.
     """
 
     whole: dict[str, str] = field(default_factory=dict)
@@ -46,6 +47,7 @@ class Decisions:
     norms: set[str] = field(default_factory=set)
     gathers: set[str] = field(default_factory=set)
     vocabularies: set[str] = field(default_factory=set)
+    apart: set[str] = field(default_factory=set)
 
     def copy(self) -> Decisions:
         """An independent copy."""
@@ -56,12 +58,13 @@ class Decisions:
             set(self.norms),
             set(self.gathers),
             set(self.vocabularies),
+            set(self.apart),
         )
 
     def state(self) -> tuple[object, ...]:
         """Something to compare: equal where nothing was decided since."""
         marks = tuple(sorted((name, dim, m.tobytes()) for name, (dim, m) in self.marks.items()))
-        sets = (self.births, self.norms, self.gathers, self.vocabularies)
+        sets = (self.births, self.norms, self.gathers, self.vocabularies, self.apart)
         return frozenset(self.whole), marks, *map(frozenset, sets)
 
 

@@ -30,6 +30,7 @@ class Partial:
     terms: tuple[Partial, ...] = ()
     exits: list[Point] = field(default_factory=list)
     biases: list[tuple[int, np.ndarray]] = field(default_factory=list)  # (exits so far, ids)
+    batched: bool = False  # of several products at once
     needed_by: str = ""
     needed_in: str = ""
     needed_inside: bool = False  # needed before any module returned it
@@ -61,9 +62,9 @@ class Partials:
         storage = tensor.untyped_storage()
         self.by_storage[int(storage._cdata)] = (partial, storage)
 
-    def create(self, tensor: Tensor, ids: np.ndarray, module: str) -> None:
+    def create(self, tensor: Tensor, ids: np.ndarray, module: str, batched: bool = False) -> None:
         """A row-parallel product."""
-        partial = Partial(ids, module)
+        partial = Partial(ids, module, batched=batched)
         self.created.append(partial)
         self.mark(tensor, partial)
 

@@ -94,6 +94,14 @@ class WeightView:
         sizes = (*self.sizes[:dim], length, *self.sizes[dim + 1 :])
         return WeightView(self.source, sizes, self.strides, self.offset + start * self.strides[dim])
 
+    def source_dim(self, dim: int) -> int | None:
+        """The source's dim that this dim of the view is, all of it; None where it is none."""
+        if self.source is None:
+            return None
+        dims = list(zip(self.source.strides, self.source.shape, strict=True))
+        wanted = (self.strides[dim], self.sizes[dim])
+        return dims.index(wanted) if wanted in dims else None
+
     def squeeze(self, dim: int) -> WeightView:
         """Without a dimension of size 1."""
         if self.dense is not None:
