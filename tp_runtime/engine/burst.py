@@ -8,6 +8,7 @@ nothing, in blocks that were its own anyway; its later tokens are dropped.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
@@ -15,6 +16,7 @@ import numpy as np
 
 from .channel import Channel, Operation
 from .runner import ModelRunner
+from .sampling import refuse_nan
 from .sequence import Sequence
 from .step import Row, Step
 
@@ -35,6 +37,11 @@ def burst_length(runner: ModelRunner, rows: Seq[tuple[Sequence, tuple[int, ...]]
     return most
 
 
+def refuse_no_token(token: int, vocab_size: int, position: int) -> None:
+    """Raise CheckpointError for a choice of the device that is no token: all of its logits were NaN."""
+    refuse_nan(0.0 if 0 <= token < vocab_size else math.nan, position)
+
+
 def pack_burst(step: Step, steps: int) -> np.ndarray:
     """int32 words of a burst: how many steps, and the first of them."""
     return np.concatenate([np.asarray([steps], np.int32), step.pack()])
@@ -53,7 +60,7 @@ def decode_burst(
 ) -> bool:
     """Rank 0: run a burst of these rows, if they are fit for one; whether they were.
 
-    tell: called with a row and the text that became certain.
+    tell: called with a row and the text that became certain. Raises CheckpointError where logits were NaN.
     """
     steps = burst_length(runner, rows)
     if steps < 1:
@@ -64,6 +71,7 @@ def decode_burst(
     for tokens in runner.burst_tokens(len(rows), steps):
         for (row, _), token in zip(rows, tokens, strict=True):
             if row.finish_reason is None:
+                refuse_no_token(token, runner.model.config.vocab_size, row.num_tokens)
                 row.num_cached += 1
                 piece = row.accept(token)
                 if piece:

@@ -111,7 +111,11 @@ def _candidates(
 def distribution(
     logits_V: Tensor, params: SamplingParams, prompt: Sequence[int], output: Sequence[int]
 ) -> Tensor:
-    """The probabilities [V] (float64, sum 1) the next token is drawn from; one-hot where greedy."""
+    """The probabilities [V] (float64, sum 1) the next token is drawn from; one-hot where greedy.
+
+    Raises CheckpointError where a logit is NaN.
+    """
+    refuse_nan(float(logits_V.max()), len(prompt) + len(output))
     ids, probs = _candidates(logits_V, params, prompt, output)
     if ids is None:
         return probs
@@ -135,7 +139,8 @@ def _largest(logits_V: Tensor) -> int:
     return int(logits_V.argmax())
 
 
-def _refuse_nan(value: float, position: int) -> None:
+def refuse_nan(value: float, position: int) -> None:
+    """Raise CheckpointError where `value`, the largest logit of the token at `position`, is NaN."""
     if math.isnan(value):
         raise CheckpointError(
             f"the logits of position {position} are not numbers: the weights hold NaN, or the model "
@@ -152,9 +157,9 @@ def sample(
     """
     if params.plain_greedy:
         token = _largest(logits_V)  # of NaN where there is any
-        _refuse_nan(float(logits_V[token]), position)
+        refuse_nan(float(logits_V[token]), position)
         return token
-    _refuse_nan(float(logits_V.max()), position)
+    refuse_nan(float(logits_V.max()), position)
     if params.temperature == 0:
         return int(penalise(logits_V.float(), params, prompt, output).argmax())
     ids, probs = _candidates(logits_V, params, prompt, output)

@@ -6,17 +6,21 @@ The draft is a rule: after token t at position p comes (3 t + p) % 97. Steps are
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from itertools import count
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
 from tp_runtime.config import SamplingParams
+from tp_runtime.engine.burst import decode_burst
 from tp_runtime.engine.sequence import Sequence
 from tp_runtime.engine.speculative.autoregressive import DraftRow, draft_rows
 from tp_runtime.engine.step import Step
 from tp_runtime.engine.tokenizing import NoText
+from tp_runtime.errors import CheckpointError
 
 VOCAB = 97
 
@@ -92,3 +96,32 @@ def test_rows_that_are_drawn_take_no_burst() -> None:
     rows = [made(0, 3), made(0, 3, temperature=0.8)]
     draft_rows(rows, model.execute, max_tokens=64, vocab_size=VOCAB, clock=lambda: 0.0, burst=model.burst)
     assert not model.bursts and model.waits == 3
+
+
+@pytest.mark.parametrize("nothing", [0x7FFFFFFF, VOCAB, -1])
+def test_a_device_that_finds_no_number_says_so(nothing: int) -> None:
+    """Of logits that are all NaN a burst has no likeliest token, in the draft as in the target."""
+
+    class Overflowing(Model):
+        burst_steps, model = 4, SimpleNamespace(config=SimpleNamespace(vocab_size=VOCAB))
+
+        def burst(self, step: Step, steps: int) -> Iterator[list[int]]:
+            yield from [[7], [nothing]]
+
+        def start_burst(self, step: Step, steps: int) -> None:
+            assert steps == 4
+
+        def burst_tokens(self, rows: int, steps: int) -> Iterator[list[int]]:
+            return self.burst(Step(()), steps)
+
+    model, row = Overflowing(), made(0, 4)
+    with pytest.raises(CheckpointError, match="logits of position 11 are not numbers"):
+        draft_rows(
+            [row], model.execute, max_tokens=512, vocab_size=VOCAB, clock=count().__next__, burst=model.burst
+        )
+    told: list[str] = []
+    with pytest.raises(CheckpointError, match="logits of position 11 are not numbers"):
+        row.answer.num_cached = 9
+        channel = SimpleNamespace(announced=lambda *_: nullcontext())
+        decode_burst(model, channel, [(row.answer, (10,))], lambda _, text: told.append(text))  # type: ignore[arg-type]
+    assert row.answer.output[-1] == 7 and not told

@@ -10,6 +10,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -22,6 +23,7 @@ from tp_runtime.engine.sampling import Purpose, draw, uniform
 from tp_runtime.engine.speculative import verify
 from tp_runtime.engine.speculative.interface import NOTHING, Offer
 from tp_runtime.engine.speculative.verify import accept_or_replace, decide, draw_draft
+from tp_runtime.errors import CheckpointError
 
 V, LENGTH, DRAFTED, RUNS = 6, 3, 2, 20_000
 PROMPT = (0,)
@@ -172,6 +174,27 @@ def test_greedy_keeps_the_agreeing_part_and_adds_one() -> None:
     assert decide(rows[:2], Offer((right[0], wrong)), SamplingParams(), PROMPT, ()) == (right[0], right[1])
     punished = SamplingParams(frequency_penalty=100.0)
     assert decide(TARGET[[0, 0]], Offer((best[0],)), punished, PROMPT, ())[1] != best[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("settings", [{}, {"temperature": 1.0, "min_p": 0.1}, {"repetition_penalty": 1.1}])
+def test_nan_is_refused_where_it_counts(settings: dict[str, float], dtype: torch.dtype) -> None:
+    """Behind a token that fell nothing counts."""
+    params = SamplingParams(**settings)  # type: ignore[arg-type]
+    nan = TARGET[[0, 1, 2]].to(dtype)
+    nan[1, 3] = torch.nan
+    one_hot = torch.zeros(V, dtype=torch.float64)
+    one_hot[best := int(nan[0].argmax())] = 1.0
+    offer = Offer((best, 1), (one_hot, one_hot) if params.temperature else None)
+    with pytest.raises(CheckpointError, match="logits of position [12] are not numbers"):
+        for seed in range(20):  # a sampled token may fall
+            decide(nan, offer, replace(params, seed=seed), PROMPT, ())
+    with pytest.raises(CheckpointError, match="logits of position 1 are not numbers"):
+        decide(nan[1:2], NOTHING, params, PROMPT, ())
+    with pytest.raises(CheckpointError, match="logits of position 1 are not numbers"):
+        draw_draft(nan[1], params, PROMPT, (), V)
+    if not params.temperature:
+        assert len(decide(nan, Offer(((best + 1) % V, 1)), params, PROMPT, ())) == 1
 
 
 def test_replacement_when_nothing_is_left() -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from ..burst import MOST_ROWS
+from ..burst import MOST_ROWS, refuse_no_token
 from ..sequence import Sequence as Answer
 from ..step import Row, Step
 from .interface import Offer
@@ -95,7 +95,7 @@ def draft_rows(
         step = Step(tuple(described))
         together = 0 if burst is None else _together(running, step)
         if burst is not None and together:
-            done = _take_burst(running, burst(step, together))
+            done = _take_burst(running, burst(step, together), vocab_size)
             steps += [(len(running), (clock() - began) / done)] * done
             continue
         logits_LV = execute(step)
@@ -118,11 +118,12 @@ def _together(rows: Sequence[DraftRow], step: Step) -> int:
     return min(row.wanted - len(row.drafted) for row in rows)
 
 
-def _take_burst(rows: Sequence[DraftRow], chosen: Iterable[list[int]]) -> int:
+def _take_burst(rows: Sequence[DraftRow], chosen: Iterable[list[int]], vocab_size: int) -> int:
     """Take the tokens of a burst; how many steps it had."""
     steps = 0
     for tokens in chosen:
         for row, token in zip(rows, tokens, strict=True):
+            refuse_no_token(token, vocab_size, row.known)
             row.cached += 1
             row.drafted.append(token)
         steps += 1

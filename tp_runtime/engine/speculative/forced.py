@@ -37,7 +37,7 @@ class ForcedAcceptance:
 
         logits_NV: of the target, any float dtype and device; N - 1 tokens of the offer were run.
         """
-        drafted, best = offer.tokens[: logits_NV.shape[0] - 1], likeliest(logits_NV)
+        drafted, (best, _) = offer.tokens[: logits_NV.shape[0] - 1], likeliest(logits_NV)
         stand = 0
         while stand < len(drafted) and self._stands():
             stand += 1

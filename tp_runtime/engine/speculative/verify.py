@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...config import SamplingParams
-from ..sampling import Purpose, distribution, draw, sample, uniform
+from ..sampling import Purpose, distribution, draw, refuse_nan, sample, uniform
 from .interface import Offer
 
 
@@ -39,11 +39,11 @@ def decide(
     """The row's new tokens: the part of the draft that stands, and one of the target's own. At least one.
 
     logits_NV: of the target, any float dtype and device; N - 1 tokens of the offer were run. prompt, output:
-    the tokens before them.
+    the tokens before them. Raises CheckpointError where a row that counts has NaN.
     """
     drafted = offer.tokens[: logits_NV.shape[0] - 1]
     if params.plain_greedy:
-        return _greedy(logits_NV, drafted)
+        return _greedy(logits_NV, drafted, len(prompt) + len(output))
     logits_NV = logits_NV.cpu()  # one wait for the device, not one a row
     before = list(output)
     for row, token in enumerate(drafted):
@@ -62,18 +62,25 @@ def decide(
     return (*before[len(output) :], last)
 
 
-def likeliest(logits_NV: Tensor) -> list[int]:
-    """The likeliest token of each row. Any float dtype and device."""
-    fast = logits_NV.device.type == "cpu" and logits_NV.dtype is torch.float32
-    # numpy's argmax runs on vectors; torch's takes ten times as long on one thread.
-    return (logits_NV.numpy() if fast else logits_NV).argmax(-1).tolist()
+def likeliest(logits_NV: Tensor) -> tuple[list[int], list[float]]:
+    """The likeliest token of each row, and its logit: NaN where the row has any. Any float dtype, device."""
+    if logits_NV.device.type == "cpu" and logits_NV.dtype is torch.float32:
+        # numpy's argmax runs on vectors; torch's takes ten times as long on one thread.
+        rows = logits_NV.numpy()
+        best = rows.argmax(-1).tolist()
+        return best, [float(row[token]) for row, token in zip(rows, best, strict=True)]
+    values, tokens = logits_NV.max(-1)
+    largest, ids = torch.stack((values.double(), tokens.double())).tolist()  # one wait for the device
+    return [int(token) for token in ids], largest
 
 
-def _greedy(logits_NV: Tensor, drafted: Sequence[int]) -> tuple[int, ...]:
-    best = likeliest(logits_NV)
+def _greedy(logits_NV: Tensor, drafted: Sequence[int], position: int) -> tuple[int, ...]:
+    best, largest = likeliest(logits_NV)
     stand = 0
     while stand < len(drafted) and best[stand] == drafted[stand]:
         stand += 1
+    for row in range(stand + 1):
+        refuse_nan(largest[row], position + row)
     return tuple(best[: stand + 1])
 
 
@@ -101,7 +108,7 @@ def draw_draft(
     """
     logits_V = logits_V[:vocab_size]
     if params.temperature == 0:
-        return sample(logits_V, params, prompt, before, 0), None
+        return sample(logits_V, params, prompt, before, len(prompt) + len(before)), None
     probs_V = distribution(logits_V, params, prompt, before)
     number = uniform(params.seed, len(prompt) + len(before), Purpose.DRAFT)
     return draw(probs_V, number), F.pad(probs_V, (0, vocab_size - probs_V.numel()))
