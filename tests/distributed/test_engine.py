@@ -6,11 +6,13 @@ lengths, longer than a prefill chunk, over several cache blocks.
 
 from __future__ import annotations
 
+import json
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tp_testing import draft_pair
 from tp_testing.ranks import run_ranks
 
 COMMON = {
@@ -216,3 +218,47 @@ def test_ranks_agree_on_the_cache(tmp_path: Path) -> None:
     assert few[0] == few[1]
     refusals = run_ranks(2, blocks_body, str(tmp_path), (OVERHEAD_BYTES + (1 << 30), OVERHEAD_BYTES))
     assert refusals[0] == refusals[1] and "are free there" in str(refusals[0])
+
+
+def broken_off_body(path: str, draft: str | None) -> list[tuple[str, ...]]:
+    """The answers to three prompts, before and after calls that an error, or Ctrl-C, ended in the middle."""
+    from tp_runtime.config import SamplingParams
+    from tp_runtime.engine.llm import LLM
+
+    settings: dict[str, Any] = {"draft": draft, "draft_adaptive": False, "draft_tokens": 3} if draft else {}
+    params = SamplingParams(max_new_tokens=12, ignore_eos=True)
+    found = []
+    with LLM(
+        path, random_weights=True, dtype="fp32", max_batch=2, context=64, compile=False, **settings
+    ) as llm:
+        for error in (None, KeyError, KeyboardInterrupt, None):
+
+            def broken(_: int, __: str, error: type[BaseException] | None = error) -> None:
+                if error is not None:
+                    raise error
+
+            prompts = ["abc", "abcabcabc", "hello"] if error is None else ["to be broken off"] * 3
+            try:
+                found.append(tuple(done.text for done in llm.generate(prompts, params, on_text=broken)))
+            except (KeyError, KeyboardInterrupt) as raised:
+                assert type(raised) is error
+            pools = [llm.pool, getattr(getattr(llm.speculator, "drafter", None), "pool", llm.pool)]
+            for pool in pools:
+                pool.sanity_checks()
+                assert pool.num_free == pool.num_blocks - 1, "blocks were not given back"
+            if llm.speculator is not None:
+                held = {
+                    **vars(llm.speculator),
+                    **vars(llm.speculator.drafter),
+                    **vars(llm.speculator._chooser),
+                }
+                rows = [held.get(name) for name in ("_held", "_indices", "_offers", "_stood", "_rates")]
+                assert not any(rows), rows
+    return found
+
+
+@pytest.mark.parametrize("draft", [None, "lookup", "self:int8"])
+def test_an_error_in_the_middle_leaves_nothing_behind(draft: str | None, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**draft_pair.TINY, "vocab_size": 300}))
+    ((before, after),) = run_ranks(1, broken_off_body, str(tmp_path), draft)
+    assert before == after and all(before)

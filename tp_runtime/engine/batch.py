@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 
+from ..errors import MemoryLimitError
 from .kv_blocks import BlockPool
 from .sequence import Sequence
 
@@ -31,14 +32,21 @@ class Batch:
         return bool(self.waiting or self.running)
 
     def admit(self) -> None:
-        """Move waiting sequences to the running ones while rows and blocks last."""
+        """Move waiting sequences to the running ones while rows and blocks last.
+
+        Raises MemoryLimitError where none runs and none ever could: others hold the pool's blocks.
+        """
         while self.waiting and len(self.running) < self.max_rows:
             need = self.pool.blocks_for(self.waiting[0].most_tokens)
             if need > self.pool.num_free:
-                return
-            sequence = self.waiting.popleft()
-            sequence.blocks = self.pool.allocate(need)
-            self.running.append(sequence)
+                break
+            self.running.append(self.waiting.popleft())
+            self.running[-1].blocks = self.pool.allocate(need)
+        if self.waiting and not self.running:
+            raise MemoryLimitError(
+                f"a row needs {need} blocks of the cache, of which {self.pool.num_free} of "
+                f"{self.pool.num_blocks - 1} are free, and no row runs that gives any back; make another LLM"
+            )
 
     def next_rows(self) -> list[tuple[Sequence, tuple[int, ...]]]:
         """Running sequences with the tokens each brings: single ones first, then chunks of prompts."""
@@ -55,6 +63,15 @@ class Batch:
         done = [sequence for sequence in self.running if sequence.finish_reason is not None]
         self.running = [sequence for sequence in self.running if sequence.finish_reason is None]
         for sequence in done:
-            self.pool.release(sequence.blocks)
-            sequence.blocks = []
+            self._give_back(sequence)
         return done
+
+    def clear(self) -> None:
+        """Forget all sequences, as where an error ended the call, and give their blocks back."""
+        self.waiting.clear()
+        while self.running:
+            self._give_back(self.running.pop())
+
+    def _give_back(self, sequence: Sequence) -> None:
+        blocks, sequence.blocks = sequence.blocks, []
+        self.pool.release(blocks)

@@ -216,11 +216,21 @@ class LLM:
         return Answer(ids, params, self.built.eos_ids | self.tokenizer.eos_ids, self.tokenizer.stream())
 
     def _drive(self, answers: list[Answer], on_text: OnText | None) -> None:
-        """Rank 0: run steps until every answer is finished."""
-        index = {id(answer): i for i, answer in enumerate(answers)}
+        """Rank 0: run steps until every answer is finished. However that ends, no row keeps anything."""
         batch = Batch(self.pool, max_rows=self.runner.max_rows, max_tokens=self.runner.max_tokens)
         for answer in answers:
             batch.add(answer)
+        try:
+            self._steps(batch, answers, on_text)
+        finally:
+            batch.clear()
+            for answer in answers:
+                if self.speculator is not None:
+                    self.speculator.release(answer)
+
+    def _steps(self, batch: Batch, answers: list[Answer], on_text: OnText | None) -> None:
+        """Rank 0: the steps of a batch, which holds the answers."""
+        index = {id(answer): i for i, answer in enumerate(answers)}
         speculator = self.speculator
         if speculator is not None:
             speculator.begin()

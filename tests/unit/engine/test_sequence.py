@@ -12,6 +12,7 @@ from tp_runtime.config import SamplingParams
 from tp_runtime.engine.batch import Batch
 from tp_runtime.engine.kv_blocks import BlockPool
 from tp_runtime.engine.sequence import Sequence, StopFinder
+from tp_runtime.errors import MemoryLimitError
 
 
 class Letters:
@@ -107,3 +108,24 @@ def test_batch_runs_everything_and_loses_no_block() -> None:
         steps += 1
         assert steps < 1000
     assert pool.num_free == 8 and all(one.finish_reason == "length" for one in answers)
+
+
+def test_a_batch_that_is_broken_off_gives_its_blocks_back() -> None:
+    pool = BlockPool(9, 4)
+    batch = Batch(pool, max_rows=2, max_tokens=8)
+    for _ in range(3):
+        batch.add(answer("abcdef", max_new_tokens=6))
+    batch.admit()
+    assert pool.num_free == 2
+    batch.clear()
+    assert pool.num_free == 8 and not batch.busy
+    pool.sanity_checks()
+
+
+def test_a_pool_that_others_hold_is_a_sentence() -> None:
+    pool = BlockPool(9, 4)
+    pool.allocate(7)
+    batch = Batch(pool, max_rows=2, max_tokens=8)
+    batch.add(answer("abcdef", max_new_tokens=6))
+    with pytest.raises(MemoryLimitError, match="needs 3 blocks of the cache, of which 1 of 8 are free"):
+        batch.admit()

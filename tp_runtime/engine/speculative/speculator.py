@@ -11,6 +11,7 @@ take at most half of a step.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -171,7 +172,9 @@ class Speculator:
         return (*self._stood[id(answer)], len(answer.output) - self._before[id(answer)])
 
     def release(self, answer: Answer) -> None:
-        """The row has ended."""
+        """The row has ended, whatever ended it. Nothing of it stays: a later row may have its id."""
         self.drafter.release(answer)
         self._chooser.forget(id(answer))
-        self._grades.pop(id(answer), None)
+        kept: tuple[dict[int, Any], ...] = (self._offers, self._grades, self._stood, self._before)
+        for of_rows in kept:
+            of_rows.pop(id(answer), None)
