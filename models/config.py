@@ -283,8 +283,11 @@ def _window_from_hf(
 
 
 def _rope_from_hf(raw: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
-    """(rope_theta, rope_scaling) of either spelling: rope_parameters, or rope_theta and rope_scaling."""
-    spelling = "rope_parameters" if raw.get("rope_parameters") else "rope_scaling"
+    """(rope_theta, rope_scaling) of either spelling: rope_parameters, or rope_theta and rope_scaling.
+
+    Where both are there, rope_scaling alone counts, as in transformers.
+    """
+    spelling = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
     table = raw.get(spelling) or {}
     if not isinstance(table, Mapping):
         raise ModelConfigError(f"{spelling}={table!r} is no table of numbers; leave it out for no scaling")

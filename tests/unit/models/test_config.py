@@ -94,6 +94,22 @@ def test_windows() -> None:
     assert ModelConfig.from_hf(mistral | {"sliding_window": None}).window(0) == 0
 
 
+def test_rope_scaling_wins_over_rope_parameters() -> None:
+    """As in transformers, whose rope_parameters then count for nothing."""
+    from transformers import LlamaConfig
+
+    new = {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0}
+    old = {"rope_type": "linear", "factor": 4.0}
+    both = ModelConfig.from_hf(LLAMA_8B | {"rope_parameters": new, "rope_scaling": old, "rope_theta": 300.0})
+    theirs = LlamaConfig(rope_parameters=dict(new), rope_scaling=dict(old), rope_theta=300.0).rope_parameters
+    assert both.rope_scaling == old
+    assert (both.rope_theta, both.rope_scaling["factor"]) == (theirs["rope_theta"], theirs["factor"])
+    alone = ModelConfig.from_hf(
+        LLAMA_8B | {"rope_parameters": new, "rope_scaling": None, "rope_theta": 300.0}
+    )
+    assert (alone.rope_theta, alone.rope_scaling) == (500.0, {"rope_type": "linear", "factor": 2.0})
+
+
 def test_model_type_alone_is_enough() -> None:
     without = {key: value for key, value in QWEN.items() if key != "architectures"}
     assert ModelConfig.from_hf(without) == ModelConfig.from_hf(QWEN)
