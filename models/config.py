@@ -39,11 +39,12 @@ _ROPE_KEYS: dict[str, tuple[frozenset[str], frozenset[str]]] = {
 }
 
 # What config.json leaves unsaid because transformers' class of that model_type says it.
+_SWITCHED_WINDOW = {"sliding_window": 4096, "window_switch": True}
 _FAMILY: dict[str, dict[str, Any]] = {
     "llama": {"output_bias_follows": True},
     "mistral": {"sliding_window": 4096, "attention_bias": False},
-    "qwen2": {"attention_bias": True, "output_bias_follows": False},
-    "qwen3": {"qk_norm": True, "head_dim": 128, "output_bias_follows": True},
+    "qwen2": {**_SWITCHED_WINDOW, "attention_bias": True, "output_bias_follows": False},
+    "qwen3": {**_SWITCHED_WINDOW, "qk_norm": True, "head_dim": 128, "output_bias_follows": True},
 }
 _ARCHITECTURES = {
     "LlamaForCausalLM": "llama",
@@ -262,17 +263,16 @@ def _window_from_hf(
 ) -> tuple[int | None, int]:
     """(sliding_window, first layer that has it).
 
-    Mistral's applies to every layer. The others' is switched by use_sliding_window and begins at
-    max_window_layers; layer_types, where present, overrides both and must have that same form.
+    Llama has none. Mistral's applies to every layer. Qwen's is switched by use_sliding_window and begins
+    at max_window_layers. layer_types, where present, says which layers have it: they must be the last ones.
     """
-    if "sliding_window" in family:
-        return raw.get("sliding_window", family["sliding_window"]), 0
-    window = raw.get("sliding_window") if raw.get("use_sliding_window") else None
-    if window is None:
+    switched = bool(family.get("window_switch"))
+    window = raw.get("sliding_window", family.get("sliding_window"))
+    if window is None or "sliding_window" not in family or (switched and not raw.get("use_sliding_window")):
         return None, 0
     kinds = raw.get("layer_types")
     if not isinstance(kinds, list):
-        return window, raw.get("max_window_layers", 28)
+        return window, raw.get("max_window_layers", 28) if switched else 0
     first = kinds.index("sliding_attention") if "sliding_attention" in kinds else num_layers
     if kinds != ["full_attention"] * first + ["sliding_attention"] * (num_layers - first):
         raise ModelConfigError(

@@ -116,6 +116,8 @@ def gguf_config(header: GGUFHeader) -> dict[str, Any]:
     }
     window = keys.integer("attention.sliding_window", 0)
     if window:
+        if keys.architecture == "llama":  # a Mistral: GGUF has one name for both, and Llama has no window
+            config["architectures"], config["model_type"] = ["MistralForCausalLM"], "mistral"
         config["sliding_window"] = window
         config["use_sliding_window"] = True
         config["max_window_layers"] = 0

@@ -122,6 +122,8 @@ def test_untied_windowed_yarn_config(tmp_path: Path) -> None:
     assert not config.tie_word_embeddings and config.head_dim == 32 and config.qk_norm
     assert config.rope_scaling == {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
     assert config.sliding_window == 77 and config.window(0) == 77
+    mistral = config_of(written(tmp_path / "l.gguf", "llama", {"{arch}.attention.sliding_window": 77}))
+    assert mistral.window(0) == 77
 
 
 def test_linear_scaling_and_qwen2_bias(tmp_path: Path) -> None:

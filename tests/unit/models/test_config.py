@@ -87,11 +87,26 @@ def test_qwen2_has_biases_and_no_window() -> None:
 
 
 def test_windows() -> None:
-    switched_on = ModelConfig.from_hf(QWEN | {"use_sliding_window": True, "max_window_layers": 20})
+    switch = {"use_sliding_window": True, "max_window_layers": 20}
+    switched_on = ModelConfig.from_hf(QWEN | switch)
     assert [switched_on.window(layer) for layer in (0, 19, 20, 27)] == [0, 0, 131072, 131072]
     mistral = LLAMA_8B | {"architectures": ["MistralForCausalLM"], "rope_scaling": None}
     assert ModelConfig.from_hf(mistral).window(0) == 4096, "the default of its class"
     assert ModelConfig.from_hf(mistral | {"sliding_window": None}).window(0) == 0
+    llama = ModelConfig.from_hf(LLAMA_8B | {"use_sliding_window": True, "sliding_window": 3})
+    assert llama.window(31) == 0, "Llama has none"
+    default = ModelConfig.from_hf({k: v for k, v in QWEN.items() if k != "sliding_window"} | switch)
+    assert default.window(27) == 4096, "the default of its class"
+
+
+@pytest.mark.parametrize("full", [0, 5, 32])
+def test_layer_types_say_which_layers_have_the_window(full: int) -> None:
+    kinds = ["full_attention"] * full + ["sliding_attention"] * (32 - full)
+    mistral = LLAMA_8B | {"architectures": ["MistralForCausalLM"], "rope_scaling": None, "layer_types": kinds}
+    config = ModelConfig.from_hf(mistral | {"sliding_window": 9})
+    assert [config.window(layer) for layer in range(32)] == [0] * full + [9] * (32 - full)
+    with pytest.raises(ModelConfigError, match="mixes windows in an order that is not supported"):
+        ModelConfig.from_hf(mistral | {"layer_types": [*kinds[1:], "sliding_attention", "full_attention"]})
 
 
 def test_rope_scaling_wins_over_rope_parameters() -> None:
