@@ -125,6 +125,16 @@ def test_greedy_tokens_equal_transformers(family: str, world: int, how: str, tmp
         assert answers[1] == wanted, "three prompts in one batch"
 
 
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_stored_head_counts_where_the_config_ties_it(world: int, tmp_path: Path) -> None:
+    model = save_model("qwen2", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    wanted = [greedy(model, ids) for ids in make_prompts()]
+    for answers in run_ranks(world, body, str(tmp_path), "eager"):
+        assert answers == [wanted, wanted]
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("collectives", ["shm", "c10d"])
 @pytest.mark.parametrize("how", ["native", "eager"])

@@ -13,9 +13,10 @@ from pathlib import Path
 from ..errors import CheckpointError
 from .gguf_file import gguf_tensors
 from .gguf_header import is_gguf, read_gguf_header
-from .safetensors_header import read_safetensors_headers
+from .safetensors_header import SafetensorsEntry, read_safetensors_headers
 
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+_PIECE_BYTES = 4 << 20  # compared at a time
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,28 @@ def stored_tensors(path: Path) -> dict[str, TensorInfo]:
     return {name: TensorInfo(entry.shape, entry.dtype, entry.nbytes) for name, entry in entries.items()}
 
 
+def has_own_head(path: Path) -> bool:
+    """Whether the checkpoint at `path` holds a head of the embedding's shape and of other values.
+
+    Read up to the first difference. A GGUF file says itself whether its head is tied.
+    """
+    if is_gguf(path):
+        return False
+    entries = read_safetensors_headers(path)
+    head, table = entries.get(_HEAD), entries.get(_EMBEDDING)
+    return head is not None and table is not None and head.shape == table.shape and not _equal(head, table)
+
+
+def _equal(one: SafetensorsEntry, other: SafetensorsEntry) -> bool:
+    if one.dtype != other.dtype:
+        return False
+    with one.path.open("rb") as here, other.path.open("rb") as there:
+        here.seek(one.offset)
+        there.seek(other.offset)
+        sizes = (min(_PIECE_BYTES, one.nbytes - at) for at in range(0, one.nbytes, _PIECE_BYTES))
+        return all(here.read(size) == there.read(size) for size in sizes)
+
+
 def check_tensors(
     source: str,
     held: Mapping[str, TensorInfo],
@@ -60,7 +83,8 @@ def check_tensors(
     """Raise CheckpointError unless `held` is exactly what is `wanted`, by name and shape.
 
     source: where `held` comes from, for the message. may_remain: names that nothing asks for on purpose.
-    Buffers that old checkpoints carry (rotary_emb.inv_freq) and a copy of tied embeddings may remain too.
+    Buffers that old checkpoints carry (rotary_emb.inv_freq) and a copy of tied embeddings (has_own_head: is
+    it one?) may remain too.
     """
     _refuse(source, "lacks", [name for name in wanted if name not in held])
     tied = _HEAD not in wanted and {_HEAD, _EMBEDDING} <= set(held)

@@ -27,12 +27,14 @@ _ITEM_BYTES = {
 
 @dataclass(frozen=True)
 class SafetensorsEntry:
-    """One tensor: the file it lies in, the format's dtype name ("BF16", ...), its shape and its bytes."""
+    """One tensor: the file it lies in, the format's dtype name ("BF16", ...), its shape, its bytes and where
+    in the file they begin."""
 
     path: Path
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
+    offset: int
 
 
 def read_safetensors_header(path: Path) -> dict[str, SafetensorsEntry]:
@@ -50,11 +52,11 @@ def read_safetensors_header(path: Path) -> dict[str, SafetensorsEntry]:
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
     header.pop("__metadata__", None)
-    data_bytes = size - 8 - length
-    return {name: _entry(path, name, claim, data_bytes) for name, claim in header.items()}
+    return {name: _entry(path, name, claim, 8 + length, size) for name, claim in header.items()}
 
 
-def _entry(path: Path, name: str, claim: Any, data_bytes: int) -> SafetensorsEntry:
+def _entry(path: Path, name: str, claim: Any, data_start: int, size: int) -> SafetensorsEntry:
+    data_bytes = size - data_start
     try:
         dtype, shape, (start, stop) = claim["dtype"], tuple(claim["shape"]), claim["data_offsets"]
         plain = all(type(number) is int and number >= 0 for number in (*shape, start, stop))
@@ -70,7 +72,7 @@ def _entry(path: Path, name: str, claim: Any, data_bytes: int) -> SafetensorsEnt
             f"{path} is truncated: tensor {name!r} ends at byte {stop} of the data, of which there are "
             f"{data_bytes}; fetch it again"
         )
-    return SafetensorsEntry(path, dtype, shape, stop - start)
+    return SafetensorsEntry(path, dtype, shape, stop - start, data_start + start)
 
 
 def read_safetensors_headers(path: Path) -> dict[str, SafetensorsEntry]:

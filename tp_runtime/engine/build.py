@@ -98,6 +98,11 @@ def build_runner(source: ModelSource, config: EngineConfig, mesh: DeviceMesh, de
     dtype = pick_dtype(config, device)
     if config.dtype is None:
         once(f"computing in {dtype}, which this {device} has; --dtype changes it", logging.INFO)
+    if source.own_head:
+        once(
+            f"{source.name}: its config ties the head to the embedding, and the weights hold a head of other "
+            f"values, which is used; tie_word_embeddings=false in config.json would say so"
+        )
     compiler = find_compiler()
     if compiler is not None:
         env.set_default("CXX", compiler)  # for inductor, which by itself looks for g++ alone

@@ -19,7 +19,7 @@ from pathlib import Path
 from .. import env
 from ..checkpoint.gguf_file import gguf_config
 from ..checkpoint.gguf_header import is_gguf, read_gguf_header
-from ..checkpoint.inventory import stored_tensors
+from ..checkpoint.inventory import has_own_head, stored_tensors
 from ..checkpoint.json_file import read_json_object
 from ..errors import CheckpointError, ConfigError, ModelNotFoundError
 from ..models import registry
@@ -39,7 +39,8 @@ class ModelSource:
 
     name: as the user called it. config: its shape, cut to the layers asked for. kind: "hf" (safetensors),
     "gguf" or "random". weights_path: a folder or file (None: random). tokenizer_path: a folder or a GGUF
-    file (None: there is none).
+    file (None: there is none). own_head: its config.json ties the head to the embedding, and the weights hold
+    another one, which is what `config` and all the rest go by.
     """
 
     name: str
@@ -47,6 +48,7 @@ class ModelSource:
     kind: str
     weights_path: Path | None
     tokenizer_path: Path | None
+    own_head: bool = False
 
     @cached_property
     def gguf_metadata(self) -> Mapping[str, object] | None:
@@ -88,6 +90,9 @@ def _resolve(model: str | None, weights: str | None, random_weights: bool, layer
         source = replace(source, kind="random", weights_path=None)
     elif source.weights_path is not None:
         stored_tensors(source.weights_path)
+        if source.config.tie_word_embeddings and has_own_head(source.weights_path):
+            untied = replace(source.config, tie_word_embeddings=False)
+            source = replace(source, config=untied, own_head=True)
     return source if layers is None else replace(source, config=_cut(source.config, layers))
 
 

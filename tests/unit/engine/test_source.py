@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from tp_runtime.checkpoint import inventory
 from tp_runtime.engine import source as sources
 from tp_runtime.engine.source import resolve
 from tp_runtime.errors import CheckpointError, ConfigError, ModelNotFoundError, TPError
@@ -84,6 +85,34 @@ def test_folders_and_files(tmp_path: Path, smollm2_gguf: Path) -> None:
     assert resolve(None, weights=str(folder)).config == found.config
     assert resolve(str(smollm2_gguf.parent)).weights_path == smollm2_gguf
     assert resolve(str(smollm2_gguf)).config.hidden_size == 576
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_head_of_its_own_is_used_though_the_config_ties_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, sharded: bool
+) -> None:
+    """Copies are compared whole, piece by piece; another storage type is another head."""
+    monkeypatch.setattr(inventory, "_PIECE_BYTES", 1000)
+    folder = hf_folder(tmp_path, tie_word_embeddings=True)
+    table = torch.arange(64 * 32).view(64, 32).float()
+    last = table.clone()
+    last[-1, -1] = 0
+    for head, own in ((table.clone(), False), (last, True), (table.half(), True), (table[:9].clone(), False)):
+        parts = (
+            {"lm_head.weight": head},
+            {"model.norm.weight": torch.ones(32), "model.embed_tokens.weight": table},
+        )
+        if sharded:
+            for number, part in enumerate(parts):
+                save_file(part, folder / f"{number}.safetensors")
+            places = {name: f"{number}.safetensors" for number, part in enumerate(parts) for name in part}
+            index = folder / "model.safetensors.index.json"
+            index.write_text(json.dumps({"weight_map": places}))
+        else:
+            save_file({**parts[0], **parts[1]}, folder / "model.safetensors")
+        found = resolve(str(folder))
+        assert (found.own_head, found.config.tie_word_embeddings) == (own, not own)
+    assert not resolve(str(folder), random_weights=True).own_head
 
 
 def test_weights_go_before_those_that_would_be_found(tmp_path: Path) -> None:
