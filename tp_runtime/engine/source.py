@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from .. import env
 from ..checkpoint.gguf_file import gguf_config
@@ -171,10 +172,22 @@ def _own_config(path: Path) -> tuple[Path, ModelConfig] | None:
             return path, ModelConfig.from_hf(gguf_config(read_gguf_header(path)))
         beside = (path if path.is_dir() else path.parent) / "config.json"
         if beside.is_file():
-            return path, ModelConfig.from_hf(read_json_object(beside))
+            return path, ModelConfig.from_hf(_with_end_ids(beside))
     except ModelConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     return None
+
+
+def _with_end_ids(path: Path) -> dict[str, Any]:
+    """config.json at `path`, with the end ids that generation_config.json beside it adds."""
+    raw = read_json_object(path)
+    beside = path.with_name("generation_config.json")
+    more = read_json_object(beside).get("eos_token_id") if beside.is_file() else None
+    ours, theirs = (
+        [] if ids is None else ids if isinstance(ids, list) else [ids]
+        for ids in (raw.get("eos_token_id"), more)
+    )
+    return {**raw, "eos_token_id": [*ours, *(token for token in theirs if token not in ours)]}
 
 
 def _with_weights(source: ModelSource, path: Path) -> ModelSource:

@@ -115,6 +115,17 @@ def test_a_head_of_its_own_is_used_though_the_config_ties_it(
     assert not resolve(str(folder), random_weights=True).own_head
 
 
+def test_end_ids_of_generation_config_end_a_text_without_a_tokenizer(tmp_path: Path) -> None:
+    folder = hf_folder(tmp_path, eos_token_id=2)
+    assert resolve(str(folder)).config.eos_token_ids == (2,)
+    for ids, found in ((5, (2, 5)), ([5, 2, 6], (2, 5, 6)), (None, (2,))):
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+        assert resolve(str(folder)).config.eos_token_ids == found
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ["x"]}))
+    with pytest.raises(ConfigError, match="the bos or eos token 'x' is not a whole number"):
+        resolve(str(folder))
+
+
 def test_weights_go_before_those_that_would_be_found(tmp_path: Path) -> None:
     shape = {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
     folder = hf_folder(tmp_path / "mine", **shape, num_attention_heads=9, num_key_value_heads=3)
