@@ -202,6 +202,29 @@ def test_nothing_is_compiled_after_warm_up(quant: str, tmp_path: Path) -> None:
         assert counts == [2, 2, 2, 2]
 
 
+def many_body(path: str) -> list[int]:
+    """Compiled graphs after each LLM of one process: five formats, and two of them again."""
+    import functools
+
+    import torch
+    from torch._dynamo.utils import counters
+
+    from tp_runtime.engine.llm import LLM
+
+    torch.compile = functools.partial(torch.compile, backend="eager")  # the graphs alone
+    counts = []
+    for quant in ("none", "int8", "int4", "int8-g32", "int4-g64", "none", "int8"):
+        with LLM(path, dtype="fp32", quant=quant, native_step=False, max_batch=2, context=64):
+            counts.append(counters["stats"]["unique_graphs"])
+    return counts
+
+
+def test_a_process_may_have_any_number_of_models(tmp_path: Path) -> None:
+    """torch keeps eight graphs of a function; models that are alike share theirs."""
+    save_model("llama", tmp_path)
+    assert run_ranks(1, many_body, str(tmp_path)) == [[2, 4, 6, 8, 10, 10, 10]]
+
+
 def blocks_body(path: str, free: tuple[int, int]) -> int | str:
     """Blocks of this rank's pool, ranks finding different amounts of free memory; or the refusal."""
     import torch.distributed as dist

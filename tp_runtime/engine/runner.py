@@ -14,6 +14,8 @@ Legend: T tokens of the step, H hidden size, D head dim, L wanted logit rows, V 
 
 from __future__ import annotations
 
+import functools
+import types
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -56,6 +58,16 @@ def _layer_step(
     return layer(x_TH, cos_TD, sin_TD, attend)
 
 
+@functools.cache
+def _compiled_step(kind: str) -> Callable[..., Tensor]:
+    """`_layer_step`, compiled for runners of one kind.
+
+    torch keeps at most eight graphs of a code object and then gives up, so every kind has a copy of its own.
+    """
+    code = _layer_step.__code__.replace()
+    return torch.compile(types.FunctionType(code, _layer_step.__globals__), fullgraph=True)
+
+
 class ModelRunner:
     """One rank's model and cache.
 
@@ -94,9 +106,14 @@ class ModelRunner:
         self._angles: tuple[Tensor, Tensor] | None = None  # of every position, made when first needed
         self._plans: dict[tuple[int, ...], StepPlan] = {}
         self.exact_tokens = self.min_tokens = 0
-        self._layer: Callable[..., Tensor] = (
-            torch.compile(_layer_step, fullgraph=True) if compile else _layer_step
-        )
+        self._layer: Callable[..., Tensor] = _compiled_step(self._kind()) if compile else _layer_step
+
+    def _kind(self) -> str:
+        """All that a compiled layer depends on: runners of one kind share its graphs."""
+        dtypes = sorted({str(parameter.dtype) for parameter in self.model.parameters()})
+        sizes = (self.max_rows, self.max_blocks, self.cache.num_blocks, self.cache.shape)
+        where = (self.device, self.reference, self.group.group_name)
+        return repr((self.model, self.model.config, dtypes, sizes, where))
 
     @property
     def burst_steps(self) -> int:
