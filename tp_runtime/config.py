@@ -46,7 +46,10 @@ _KINDS: dict[str, tuple[type, str]] = {
 
 
 def _check_types(settings: Any, error: type[TPError]) -> None:
-    """Raise `error` for a field whose value is not of its type, as a file or a Python caller may bring it."""
+    """Raise `error` for a field whose value is not of its type, as a file or a Python caller may bring it.
+
+    Numbers of other kinds (numpy's) become Python's own.
+    """
     for field in fields(settings):
         name, value = field.name, getattr(settings, field.name)
         kind, _, optional = str(field.type).partition(" | ")
@@ -56,6 +59,8 @@ def _check_types(settings: Any, error: type[TPError]) -> None:
             good = all(isinstance(text, str) for text in value)
         if not good and not (optional and value is None):
             raise error(f"{name}={value!r} is not {words}; give one")
+        if good and kind in ("int", "float") and type(value) not in (int, float):
+            object.__setattr__(settings, name, int(value) if kind == "int" else float(value))
 
 
 @dataclass(frozen=True)

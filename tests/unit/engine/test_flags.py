@@ -6,6 +6,7 @@ import json
 import logging
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tp_runtime import env, generate, log
@@ -153,3 +154,10 @@ def test_print_config(capsys: pytest.CaptureFixture[str]) -> None:
 def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
     assert generate.check(["--help"], 1) == 0
     assert "examples:" in capsys.readouterr().out
+
+
+def test_numbers_of_numpy_become_plain_ones() -> None:
+    params = SamplingParams(seed=np.int64(3), temperature=np.float32(0.5), logprobs=np.uint8(2))  # type: ignore[arg-type]
+    found = (params.seed, params.temperature, params.logprobs)
+    assert found == (3, 0.5, 2) and [type(number) for number in found] == [int, float, int]
+    assert SamplingParams(temperature=1).temperature == 1
