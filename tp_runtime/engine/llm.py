@@ -35,6 +35,7 @@ from .channel import Channel, Operation, from_words, to_words
 from .device_memory import device_memory_errors
 from .figures import Timing
 from .kv_blocks import BlockPool
+from .requests import Prompt, prompt_items, token_ids, with_params
 from .sequence import Completion
 from .sequence import Sequence as Answer
 from .source import resolve
@@ -46,7 +47,6 @@ from .tokenizing import NoText, has_tokenizer, open_tokenizer
 
 DECODE_TIMEOUT_S = 60.0
 
-Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 OnText = Callable[[int, str], bool | None]
 
 
@@ -118,21 +118,15 @@ class LLM:
 
         Raises RequestError for an empty prompt, one that leaves no room in the context, or unknown ids.
         """
-        if not isinstance(prompt, Iterable):
-            raise RequestError(f"a prompt is {prompt!r}; give a text, chat messages or token ids")
         if isinstance(prompt, str):
-            ids = self.tokenizer.encode(prompt) if prompt else []
-        elif prompt and isinstance(prompt[0], Mapping):
-            ids = self.tokenizer.encode_chat(list(prompt))  # type: ignore[arg-type]
+            found: list[Any] = self.tokenizer.encode(prompt) if prompt else []
         else:
-            ids = list(prompt)  # type: ignore[arg-type]
-        if not ids:
+            found = prompt_items(prompt)
+            if found and isinstance(found[0], Mapping):
+                found = self.tokenizer.encode_chat(found)
+        if not found:
             raise RequestError("the prompt is empty; give at least one token of text")
-        vocab_size = self.built.model_config.vocab_size
-        if not all(0 <= token < vocab_size for token in ids):
-            raise RequestError(
-                f"the prompt has token ids outside 0..{vocab_size - 1}, the model's vocabulary"
-            )
+        ids = token_ids(found, self.built.model_config.vocab_size)
         if len(ids) >= self.context:
             limit = self.built.model_config.max_position_embeddings
             raise RequestError(
@@ -141,11 +135,11 @@ class LLM:
             )
         if self.speculator is not None:
             self.speculator.check_prompt(len(ids))
-        return tuple(ids)
+        return ids
 
     def generate(
         self,
-        prompts: Sequence[Prompt],
+        prompts: Iterable[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         on_text: OnText | None = None,
@@ -157,20 +151,10 @@ class LLM:
         certain; False from it ends that answer ("cancelled"); while it runs the others wait.
         Raises RequestError before anything runs, CollectiveError where a rank is lost.
         """
-        if isinstance(prompts, str):
-            raise RequestError("prompts is a single string; give a list of prompts")
-        each = (
-            [params or SamplingParams()] * len(prompts) if not isinstance(params, Sequence) else list(params)
-        )
-        if not all(isinstance(its, SamplingParams) for its in each):
-            raise RequestError("params is no SamplingParams (nor a list of them); give SamplingParams(...)")
+        requests = with_params(prompts, params)
         if self._closed:
             raise RequestError("this LLM is closed; make another one")
-        if len(each) != len(prompts):
-            raise RequestError(
-                f"{len(prompts)} prompts came with {len(each)} sampling parameters; give one each"
-            )
-        answers = [self._answer(prompt, its) for prompt, its in zip(prompts, each, strict=True)]
+        answers = [self._answer(prompt, its) for prompt, its in requests]
         self._channel.begin()
         if self.rank != 0:
             return self._follow()
