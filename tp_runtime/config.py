@@ -203,8 +203,6 @@ class SamplingParams:
             value = getattr(self, name)
             if value is not None and not low <= value <= high:  # also refuses NaN
                 raise RequestError(f"{name}={value} is out of range; it {meaning}")
-        if self.repetition_penalty == 0:
-            raise RequestError("repetition_penalty=0 is out of range; it is above 0 and 1 switches it off")
         if any(not text for text in self.stop):
             raise RequestError("a stop string is empty; give at least one character")
 
@@ -226,7 +224,7 @@ _SAMPLING_LIMITS = (
     ("top_k", 0, 1 << 30, "lies in 0 (off) .. 2^30"),
     ("top_p", 1e-9, 1.0, "lies above 0 and at most at 1 (off)"),
     ("min_p", 0.0, 1.0, "lies in 0 (off) .. 1"),
-    ("repetition_penalty", 0.0, 100.0, "lies above 0 and 1 switches it off"),
+    ("repetition_penalty", 0.01, 100.0, "lies in 0.01..100 and 1 switches it off"),
     ("presence_penalty", -100.0, 100.0, "lies in -100..100"),
     ("frequency_penalty", -100.0, 100.0, "lies in -100..100"),
     ("seed", 0, (1 << 63) - 1, "lies in 0..2^63-1"),

@@ -72,16 +72,21 @@ def _first_largest(values_C: Tensor, count: int, least: Tensor) -> Tensor:
     return above if missing == 0 else torch.cat((above, equal[:missing])).sort().values
 
 
+def _heated(logits_C: Tensor, temperature: float) -> Tensor:
+    """Logits over the temperature, the largest 0: the others may end at -inf, and none overflows. float64."""
+    return (logits_C.double() - logits_C.max()) / temperature
+
+
 def _nucleus(logits_C: Tensor, temperature: float, top_p: float) -> Tensor:
     """Indices, ascending, of the fewest likeliest values whose probabilities reach top_p.
 
     Of a large vocabulary only its head is sorted: the mass is that of all, and few values hold most of it.
     """
-    mass = torch.logsumexp(logits_C.double() / temperature, dim=-1)
+    mass = torch.logsumexp(_heated(logits_C, temperature), dim=-1)
     size = min(_HEAD, logits_C.numel())
     while True:
         head = torch.topk(logits_C, size).values
-        probs = torch.exp(head.double() / temperature - mass)
+        probs = torch.exp(_heated(head, temperature) - mass)
         count = max(1, int((probs.cumsum(0) - probs < top_p).sum()))
         if count < size or size == logits_C.numel():
             return _first_largest(logits_C, count, head[count - 1])
@@ -105,7 +110,7 @@ def _candidates(
     if params.min_p > 0:
         kept = (values >= values.max() + params.temperature * math.log(params.min_p)).nonzero()[:, 0]
         ids, values = kept if ids is None else ids[kept], values[kept]
-    return ids, torch.softmax(values.double() / params.temperature, dim=-1)
+    return ids, torch.softmax(_heated(values, params.temperature), dim=-1)
 
 
 def distribution(

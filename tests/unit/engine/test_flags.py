@@ -74,7 +74,7 @@ def test_a_bad_file(content: str, says: str, tmp_path: Path) -> None:
     [
         "--quant int5", "--context 0", "--layers -1", "--temperature nan", "--top-p 0", "--top-k -1",
         "--min-p 2",
-        "--seed -1", "--repetition-penalty 0", "--max-new-tokens 0", "--collective-timeout 0", "--quan int8",
+        "--seed -1", "--repetition-penalty 0", "--repetition-penalty 1e-42", "--max-new-tokens 0", "--collective-timeout 0", "--quan int8",
         "--device tpu", "--kernels fast", "--config /none.toml", "--threads 0", "--logprobs -1",
     ],
 )  # fmt: skip

@@ -69,6 +69,14 @@ def test_distribution(seed: int, settings: dict) -> None:
     assert worst < 1e-6
 
 
+@pytest.mark.parametrize("settings", [{}, {"top_p": 0.9}, {"top_k": 5, "min_p": 0.1}])
+@pytest.mark.parametrize("temperature", [1e-310, 1e-30, 1e-3])
+def test_almost_no_temperature_is_greedy(temperature: float, settings: dict) -> None:
+    logits = random_logits(0)
+    wanted = sample(logits, SamplingParams(), (), (), 3)
+    assert sample(logits, SamplingParams(temperature=temperature, **settings), (), (), 3) == wanted
+
+
 def test_penalties() -> None:
     logits = torch.tensor([1.0, -1.0, 2.0, -2.0, 0.5])
     params = SamplingParams(repetition_penalty=2.0, presence_penalty=0.5, frequency_penalty=0.25)
