@@ -178,8 +178,9 @@ class SamplingParams:
     temperature 0 is greedy. top_k 0, top_p 1 and min_p 0 are off. repetition_penalty divides the logits
     of every token seen in prompt or output (1: off); presence_penalty and frequency_penalty are
     subtracted from those of output tokens (0: off). seed: a draw depends on (seed, position, purpose)
-    alone. stop: the text ends before the first of these. logprobs: report the log-probabilities of
-    each chosen token and of that many likeliest ones (None: none).
+    alone, so other rows do not change the text; under a draft that is a model they may, the distribution
+    staying the same. stop: the text ends before the first of these. logprobs: report the log-probabilities
+    of each chosen token and of that many likeliest ones (None: none).
     """
 
     max_new_tokens: int = 128
