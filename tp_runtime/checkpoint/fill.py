@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..errors import CheckpointError
 from ..sharding.apply import applied, parameter_places
 from ..sharding.plan import Ranges, WeightPlan
-from .inventory import require_exists
+from .inventory import require_exists, same_values
 from .safetensors_header import SafetensorsEntry, read_safetensors_headers
 
 
@@ -27,10 +27,11 @@ def load(model: nn.Module, path: str | Path, *, dtype: torch.dtype | None = None
     """Fill `model` from a safetensors file, an index or a folder with either; return it.
 
     model: on the meta device or not, sharded by `shard` or whole. dtype: of its floating weights; by
-    default each parameter's own. Tied weights need one name in the file. Buffers that no file holds are
+    default each parameter's own. Tied weights need one name in the file; where it has several, they hold the
+    same values. Buffers that no file holds are
     made by the model's own `_init_weights`, where it has one.
-    Raises CheckpointError, before anything is read, for a tensor that is missing or of another shape, and
-    for a buffer that stays without values.
+    Raises CheckpointError, before anything is filled, for a tensor that is missing or of another shape and
+    for tied ones that differ; and for a buffer that stays without values.
     """
     require_exists(Path(path))
     held = read_safetensors_headers(Path(path))
@@ -59,6 +60,12 @@ def load(model: nn.Module, path: str | Path, *, dtype: torch.dtype | None = None
                 f"{path}: tensor {source!r} has shape {list(held[source].shape)}, not {list(shape)}; give "
                 "the weights that belong to the model's config"
             )
+        for other in aliases.get(id(tensor), []):
+            if other in held and not same_values(held[other], held[source]):
+                raise CheckpointError(
+                    f"{path} holds other values for {other!r} than for {source!r}, which the model ties; "
+                    "make the model with tie_word_embeddings=False"
+                )
         chosen[name], stored[name] = held[source], source
     for name, entry in chosen.items():
         _fill(places[name], entry, stored[name], plans.get(name), rank, dtype)

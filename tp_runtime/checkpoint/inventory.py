@@ -55,16 +55,19 @@ def stored_tensors(path: Path) -> dict[str, TensorInfo]:
 def has_own_head(path: Path) -> bool:
     """Whether the checkpoint at `path` holds a head of the embedding's shape and of other values.
 
-    Read up to the first difference. A GGUF file says itself whether its head is tied.
+    A GGUF file says itself whether its head is tied.
     """
     if is_gguf(path):
         return False
     entries = read_safetensors_headers(path)
     head, table = entries.get(_HEAD), entries.get(_EMBEDDING)
-    return head is not None and table is not None and head.shape == table.shape and not _equal(head, table)
+    return (
+        head is not None and table is not None and head.shape == table.shape and not same_values(head, table)
+    )
 
 
-def _equal(one: SafetensorsEntry, other: SafetensorsEntry) -> bool:
+def same_values(one: SafetensorsEntry, other: SafetensorsEntry) -> bool:
+    """Whether two stored tensors have one type and the same bytes. Read up to the first difference."""
     if one.dtype != other.dtype:
         return False
     with one.path.open("rb") as here, other.path.open("rb") as there:

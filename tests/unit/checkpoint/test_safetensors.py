@@ -13,9 +13,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from torch import nn
 
 from tp_runtime.checkpoint import open_checkpoint
 from tp_runtime.checkpoint import safetensors_reader as reader
+from tp_runtime.checkpoint.fill import load
 from tp_runtime.checkpoint.inventory import stored_tensors
 from tp_runtime.checkpoint.safetensors_header import read_safetensors_header
 from tp_runtime.errors import CheckpointError
@@ -186,3 +188,26 @@ def test_a_file_that_shrinks_after_it_was_opened(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(CheckpointError, match="cannot be read"):
         checkpoint.read("a")
+
+
+@pytest.mark.parametrize("differ", [False, True])
+def test_tied_names_hold_the_same_values(tmp_path: Path, differ: bool) -> None:
+    """A module may be at two names; a file may have both, with one value."""
+    model = nn.Module()
+    model.one = nn.Embedding(6, 4)
+    model.two = nn.Linear(4, 6, bias=False)
+    model.two.weight = model.one.weight
+    stored = torch.randn(6, 4)
+    save_file(
+        {"one.weight": stored, "two.weight": stored + (torch.arange(24).view(6, 4) == 23) * float(differ)},
+        tmp_path / "model.safetensors",
+    )
+    if differ:
+        with pytest.raises(
+            CheckpointError, match="holds other values for 'two.weight' than for 'one.weight'"
+        ):
+            load(model, tmp_path)
+        assert not torch.equal(model.one.weight, stored), "nothing was filled"
+    else:
+        load(model, tmp_path)
+        assert torch.equal(model.one.weight, stored) and model.two.weight is model.one.weight
