@@ -295,3 +295,30 @@ def test_an_error_in_the_middle_leaves_nothing_behind(draft: str | None, tmp_pat
     (tmp_path / "config.json").write_text(json.dumps({**draft_pair.TINY, "vocab_size": 300}))
     ((before, after),) = run_ranks(1, broken_off_body, str(tmp_path), draft)
     assert before == after and all(before)
+
+
+def broken_ranks_body(path: str) -> list[str]:
+    """What two calls raise of which an error on rank 0 ends the first."""
+    from tp_runtime.engine.llm import LLM
+    from tp_runtime.errors import TPError
+
+    def broken(_: int, __: str) -> None:
+        raise KeyError("mine")
+
+    said = []
+    with LLM(
+        path, random_weights=True, dtype="fp32", context=64, compile=False, collective_timeout_s=5.0
+    ) as llm:
+        for _ in range(2):
+            try:
+                llm.generate(["abc"], on_text=broken)
+            except (KeyError, TPError) as error:
+                said.append(f"{type(error).__name__}: {error}")
+    return said
+
+
+def test_ranks_that_may_be_apart_do_not_go_on(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**draft_pair.TINY, "vocab_size": 300}))
+    first, second = run_ranks(2, broken_ranks_body, str(tmp_path), timeout=120)
+    assert first[0] == "KeyError: 'mine'" and second[0].startswith("CollectiveError")
+    assert all("an error ended an earlier call" in said[1] for said in (first, second)), (first, second)

@@ -137,11 +137,16 @@ class Channel:
                     return  # the others have left; the next step says so where it matters
             self._sent.clear()
 
-    def close(self) -> None:
-        """End the conversation, on every rank: rank 0 says so, the others wait to hear it. Idempotent."""
+    def close(self, *, silently: bool = False) -> None:
+        """End the conversation, on every rank: rank 0 says so, the others wait to hear it. Idempotent.
+
+        silently: nothing is said or awaited, because ranks may be at different places.
+        """
         if self._stop.is_set() or self.group.size() == 1:
             return
         self._stop.set()
+        if silently:
+            return
         with self._patience():
             if self.is_source:
                 self.end(Operation.CLOSE)

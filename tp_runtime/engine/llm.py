@@ -68,7 +68,7 @@ class LLM:
                 f"LLM has no setting {unknown[0]!r}; it has {', '.join(EngineConfig.field_names())}"
             )
         self.config = EngineConfig(model=model, **settings)  # type: ignore[arg-type]
-        self._closed = False
+        self._closed = self._broken = False
         self.source = resolve(
             self.config.model,
             weights=self.config.weights,
@@ -154,14 +154,20 @@ class LLM:
         requests = with_params(prompts, params)
         if self._closed:
             raise RequestError("this LLM is closed; make another one")
+        if self._broken:
+            raise RequestError(
+                "an error ended an earlier call, and ranks may be at different places in it; make another LLM"
+            )
         answers = [self._answer(prompt, its) for prompt, its in requests]
         self._channel.begin()
-        if self.rank != 0:
-            return self._follow()
         try:
+            if self.rank != 0:
+                return self._follow()
             self._drive(answers, on_text)
         except BaseException:
-            self._channel.end()  # no sign of life from here on: the others must not wait for a result
+            self._broken = self.world_size > 1
+            if self.rank == 0:
+                self._channel.end()  # no sign of life from here on: the others must not wait for a result
             raise
         completions = [answer.completion() for answer in answers]
         shared = json.dumps([asdict(completion) for completion in completions])
@@ -180,7 +186,7 @@ class LLM:
     def close(self) -> None:
         """Let the other ranks go. Idempotent."""
         self._closed = True
-        self._channel.close()
+        self._channel.close(silently=self._broken)
 
     def __enter__(self) -> LLM:
         return self

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from numbers import Integral
 from typing import Any
 
@@ -22,7 +22,7 @@ def with_params(
     if isinstance(prompts, str):
         raise RequestError("prompts is a single string; give a list of prompts")
     try:
-        if isinstance(prompts, bytes | Mapping):
+        if isinstance(prompts, bytes | bytearray | Mapping | Set):  # a set has no order that ranks agree on
             raise TypeError
         every = iter(prompts)
     except TypeError:
@@ -42,7 +42,10 @@ def prompt_items(prompt: Any) -> list[Any]:
 
     Raises RequestError for what is no list.
     """
-    found = prompt.tolist() if hasattr(prompt, "tolist") else prompt
+    try:
+        found = prompt.tolist() if hasattr(prompt, "tolist") else prompt
+    except NotImplementedError:  # a tensor on the meta device
+        raise RequestError("a prompt is a tensor without values; give one of token ids") from None
     if isinstance(found, str | bytes | bytearray) or not isinstance(found, Sequence):
         raise RequestError(
             f"a prompt is of type {type(prompt).__name__}; give a text, a list of chat messages or one of "

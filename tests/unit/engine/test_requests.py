@@ -36,6 +36,7 @@ def test_ids_are_plain_numbers(prompt: Any) -> None:
         ({5, 6}, "a prompt is of type set"),
         (iter([5, 6]), "a prompt is of type list_iterator"),
         (b"abc", "a prompt is of type bytes"),
+        (torch.ones(3, device="meta"), "a prompt is a tensor without values"),
         (["a"], "a prompt holds a str where a token id should be"),
         ([None], "a prompt holds a NoneType"),
         ([1.5, 2.0], "a prompt holds a float"),
@@ -55,7 +56,9 @@ def test_other_prompts_are_one_sentence(prompt: Any, sentence: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "prompts", ["abc", b"abc", None, 5, np.array(5), torch.tensor(5), {"role": "user"}], ids=repr
+    "prompts",
+    ["abc", b"abc", bytearray(b"abc"), {"abc"}, None, 5, np.array(5), torch.tensor(5), {"role": "user"}],
+    ids=repr,
 )
 def test_what_is_no_list_of_prompts(prompts: Any) -> None:
     with pytest.raises(RequestError, match=r"^prompts is (a|of) .*; give a list of prompts$"):
