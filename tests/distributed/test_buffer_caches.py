@@ -131,6 +131,54 @@ def body(write: str) -> tuple[float, float, bool]:
     return worst, max(held[0] / KV_HEADS, share), all(torch.allclose(a, b, atol=1e-5) for a, b in caches)
 
 
+class Overlapping(nn.Module):
+    """A buffer that is a view of another, or has one element at several places; both are read."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.up, self.down = nn.Linear(WIDTH, 96), nn.Linear(96, WIDTH)
+        self.register_buffer("rows", torch.zeros(2, 96))
+        first = {
+            "a view": self.rows[0],
+            "all rows": self.rows.view(-1),
+            "expanded": torch.zeros(96).expand(2, 96),
+        }
+        self.register_buffer("first", first[kind])
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.relu(self.up(x))
+        mean = hidden.flatten(0, -2).mean(0)
+        if self.kind == "expanded":
+            self.first[0] += mean
+            hidden = hidden - self.first[1]
+        else:
+            self.first[:96].copy_(mean)
+            hidden = hidden - self.rows[0]
+        return x + self.down(hidden)  # type: ignore[no-any-return]
+
+
+def overlapping_body(kind: str) -> float:
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return Overlapping(kind).eval()
+
+    model, whole = build(), build()
+    x = torch.randn(3, 4, WIDTH, generator=torch.Generator().manual_seed(1))
+    worst = 0.0
+    with torch.no_grad():
+        shard(model, init_mesh(), example_inputs=x[:2], cache=False)
+        for _ in range(2):
+            got, wanted = model(x), whole(x)
+            worst = max(worst, float((got - wanted).abs().max() / wanted.abs().max()))
+    return worst
+
+
+@pytest.mark.parametrize("kind", ["a view", "all rows", "expanded"])
+def test_buffers_that_share_memory_stay_whole(kind: str) -> None:
+    assert max(run_ranks(2, overlapping_body, kind)) < TOLERANCE
+
+
 @pytest.mark.parametrize("world", [2, 3, 4])
 @pytest.mark.parametrize("write", [*WRITES, "a new buffer"])
 def test_heads_and_caches_divide(write: str, world: int) -> None:

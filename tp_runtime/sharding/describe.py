@@ -6,8 +6,14 @@ dictionaries and objects of a user's own. `parts` takes one such value apart; `s
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
+import io
+import logging
+import random
 import sys
+import threading
+import weakref
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from enum import Enum
@@ -21,40 +27,82 @@ import torch
 from torch import Tensor, nn
 
 LIMIT = 200_000  # values of one description; what is larger is no setting
-_NUMBERS = (bool, int, float, complex)
-_PLAIN = (*_NUMBERS, str, bytes, type(None), type(...), range, slice, torch.dtype, torch.device)
-_OF_EVERY_MODULE = frozenset(vars(nn.Module())) - {"_parameters", "_buffers", "_modules"}
+_FEW = 64  # elements of a tensor that is a setting rather than data
+_PLAIN = (
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    type(None),
+    type(...),
+    range,
+    slice,
+    torch.dtype,
+    torch.device,
+)
+OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+# What decides nothing that is computed, and would be different in every process.
+_NO_SETTINGS = (
+    *(logging.Logger, logging.Handler, io.IOBase, threading.Thread, threading.local, torch.Generator),
+    *(random.Random, weakref.ReferenceType, weakref.WeakKeyDictionary, weakref.WeakValueDictionary),
+    *(type(threading.Lock()), type(threading.RLock()), threading.Event, threading.Condition),
+)
+_LIBRARIES = ("torch", "transformers", "numpy")
 
 
 class UnknownSettings(Exception):
-    """Too much to be described."""
+    """Too much to be described, or something that cannot be."""
 
 
 def parts(value: Any) -> tuple[str, list[Any]]:
-    """What a value is as far as that is one line of text, and the values it is made of."""
-    if isinstance(value, Enum):
-        return f"{_name(type(value))}.{value.name}", []
-    if isinstance(value, _PLAIN):
-        return f"{type(value).__name__} {value!r}", []
-    if isinstance(value, Tensor):
-        return f"tensor {tuple(value.shape)} {value.dtype}", []
-    if isinstance(value, np.ndarray):
-        return f"array {value.shape} {value.dtype} {hashlib.sha256(value.tobytes()).hexdigest()}", []
-    if isinstance(value, (list, tuple)):
-        return f"{_name(type(value))} {len(value)}", list(value)
-    if isinstance(value, (set, frozenset)):
-        return f"{_name(type(value))} {sorted(map(str, value))}", []
-    if isinstance(value, Mapping):
-        return f"{_name(type(value))} {[str(key) for key in value]}", list(value.values())
-    if isinstance(value, partial):
-        return "partial", [value.func, value.args, value.keywords]
-    if isinstance(value, MethodType):
-        return "method", [value.__self__, value.__func__]
-    if isinstance(value, FunctionType):
+    """What a value is as far as that is one line of text, and the values it is made of.
+
+    Raises UnknownSettings for what neither tells.
+    """
+    try:
+        return _parts(value)
+    except UnknownSettings:
+        raise
+    except Exception as error:
+        raise UnknownSettings from error
+
+
+def _parts(value: Any) -> tuple[str, list[Any]]:
+    kind = type(value)  # not __class__, which proxies give as another's
+    name = _name(kind)
+    if issubclass(kind, _NO_SETTINGS):
+        return name, []
+    if issubclass(kind, Enum):
+        return f"{name}.{value.name}", []
+    if kind in _PLAIN:
+        return f"{name} {value!r}", []
+    if issubclass(kind, Tensor):
+        few = value.numel() <= _FEW and not value.is_meta and not isinstance(value, nn.Parameter)
+        return f"tensor {tuple(value.shape)} {value.dtype} {value.tolist() if few else ''}", []
+    if issubclass(kind, np.ndarray):
+        if value.dtype.hasobject:
+            return f"{name} {value.shape}", value.reshape(-1).tolist()
+        return f"{name} {value.shape} {value.dtype} {hashlib.sha256(value.tobytes()).hexdigest()}", []
+    if kind is partial:
+        return name, [value.func, value.args, value.keywords]
+    if kind is MethodType:
+        return name, [value.__self__, value.__func__]
+    if issubclass(kind, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+        return f"{name} {value}", []
+    if issubclass(kind, ctypes._SimpleCData):
+        return f"{name} {value.value!r}", []
+    if kind in (staticmethod, classmethod):
+        return name, [value.__func__]
+    if kind is property:
+        return name, [value.fget, value.fset]
+    if kind is FunctionType:
         return _function(value)
-    if isinstance(value, type):
-        bare = [] if _file(value.__module__) else [f for f in vars(value).values() if callable(f)]
-        return f"class {_name(value)}", bare
+    if issubclass(kind, ModuleType):
+        return f"{name} {value.__name__}", []
+    if issubclass(kind, type):
+        return _class(value)
     return _object(value)
 
 
@@ -63,54 +111,105 @@ def _function(value: FunctionType) -> tuple[str, list[Any]]:
     for cell in value.__closure__ or ():
         with suppress(ValueError):  # not filled yet
             inner.append(cell.cell_contents)
-    if not _file(value.__module__):  # of a notebook: no file says what it calls
+    if not _of_library(value.__module__):  # constants, which a file does not tell if they were set since
         used = (value.__globals__.get(name) for name in value.__code__.co_names)
-        inner += [v for v in used if isinstance(v, (*_PLAIN, type, FunctionType))]
+        inner += [v for v in used if isinstance(v, _PLAIN)]
+        if not _file(value.__module__):  # a notebook's
+            inner += [v for v in map(value.__globals__.get, value.__code__.co_names) if _is_code(v)]
     return f"function {_name(value)} {_code(value.__code__)}", inner
 
 
+def _class(value: type) -> tuple[str, list[Any]]:
+    """A class with what it holds, and its bases: methods may close over something."""
+    if _of_library(value.__module__):
+        return f"class {_name(value)}", []
+    held = {name: v for name, v in vars(value).items() if not name.startswith("__") or name == "__init__"}
+    held = {n: v for n, v in held.items() if _is_code(v) or isinstance(v, (*_PLAIN, list, tuple, dict, set))}
+    return f"class {_name(value)} {list(held)}", [*held.values(), *value.__bases__]
+
+
+def _is_code(value: Any) -> bool:
+    return isinstance(value, (FunctionType, type, staticmethod, classmethod, property))
+
+
 def _code(code: CodeType) -> str:
-    constants = [_code(c) if isinstance(c, CodeType) else repr(c) for c in code.co_consts if c is not None]
-    if any(" at 0x" in constant for constant in constants):
-        raise UnknownSettings
-    text = f"{code.co_code.hex()} {constants} {code.co_names}"
+    text = f"{code.co_code.hex()} {[_constant(c) for c in code.co_consts]} {code.co_names}"
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def _constant(value: Any) -> str:
+    if isinstance(value, CodeType):
+        return _code(value)
+    if isinstance(value, (tuple, frozenset)):
+        each = [_constant(item) for item in value]
+        return str(each if isinstance(value, tuple) else sorted(each))
+    return repr(value)
+
+
 def _object(value: Any) -> tuple[str, list[Any]]:
-    held = dict(vars(value)) if hasattr(value, "__dict__") else {}
-    for base in type(value).__mro__:
+    kind, inner = type(value), []
+    name = _name(kind)
+    if issubclass(kind, Mapping):
+        name += f" {len(value)}"
+        inner += [part for item in value.items() for part in item]
+    elif issubclass(kind, (set, frozenset)):
+        name += f" {sorted(Describer().describe(item) for item in value)}"
+    elif issubclass(kind, (list, tuple)):
+        name += f" {len(value)}"
+        inner += list(value)
+    held: dict[str, Any] = {}
+    with suppress(AttributeError, TypeError):
+        held.update(object.__getattribute__(value, "__dict__"))
+    for base in kind.__mro__:
         slots = vars(base).get("__slots__", ())
-        for name in [slots] if isinstance(slots, str) else slots:
-            if name not in ("__dict__", "__weakref__") and hasattr(value, name):
-                held[name] = getattr(value, name)
-    if isinstance(value, nn.Module):
-        held = {name: v for name, v in held.items() if name not in _OF_EVERY_MODULE}
-    if isinstance(value, ModuleType):
-        return f"module {value.__name__}", []
-    name = getattr(value, "__qualname__", "") if callable(value) else ""
-    bare = [] if _file(type(value).__module__) else [type(value)]
-    return f"{_name(type(value))} {name} {list(held)}", [*held.values(), *bare]
+        for slot in [slots] if isinstance(slots, str) else slots:
+            with suppress(AttributeError):
+                held[slot] = vars(base)[slot].__get__(value, kind)
+    held = {key: v for key, v in held.items() if key not in ("__dict__", "__weakref__")}
+    if issubclass(kind, nn.Module):
+        kept = ("_parameters", "_buffers", "_modules")
+        held = {key: v for key, v in held.items() if key not in OF_EVERY_MODULE or key in kept}
+    bare = kind.__module__ == "builtins" or _of_library(kind.__module__)
+    contained = issubclass(kind, (Mapping, set, frozenset, list, tuple))
+    if not held and not contained and "__dict__" not in dir(kind) and kind is not object:
+        name += f" {_text(value)}"  # of C: a number of numpy, a counter, a built-in function
+    return f"{name} {list(held)}", [*inner, *held.values(), *([] if bare else [kind])]
+
+
+def _text(value: Any) -> str:
+    text = repr(value)
+    if " at 0x" in text:
+        text = getattr(value, "__qualname__", "")
+        if not text:
+            raise UnknownSettings
+    return text
 
 
 def _name(of: Any) -> str:
     return f"{of.__module__}.{of.__qualname__}"
 
 
+def _of_library(module: str | None) -> bool:
+    """Whether a module belongs to a package whose code its version tells."""
+    package = (module or "").partition(".")[0]
+    return package in _LIBRARIES or package != "__main__" and package in sys.stdlib_module_names
+
+
 def same(one: Any, other: Any, place: int = -1, other_place: int = -1) -> bool:
     """Whether two values are made of the same. place, other_place: numbers that the two may differ in, as the
-    layers of a list do in which each holds its own place.
+    layers of a list do in which each holds its own place (or a name with it).
     """
     known: set[tuple[int, int]] = set()
     kept: list[Any] = []  # so that no id is given twice
     todo = [(one, other)]
     while todo:
         a, b = todo.pop()
-        if a is b or type(a) is int and type(b) is int and (a, b) == (place, other_place):
+        if a is b or _plainly_same(a, b, place, other_place) or (id(a), id(b)) in known:
             continue
-        if (id(a), id(b)) in known:
-            continue
-        (text, inner), (other_text, other_inner) = parts(a), parts(b)
+        try:
+            (text, inner), (other_text, other_inner) = parts(a), parts(b)
+        except UnknownSettings:
+            return False
         if text != other_text or len(inner) != len(other_inner):
             return False
         if inner:
@@ -120,6 +219,14 @@ def same(one: Any, other: Any, place: int = -1, other_place: int = -1) -> bool:
         if len(known) > LIMIT:
             return False
     return True
+
+
+def _plainly_same(a: Any, b: Any, place: int, other_place: int) -> bool:
+    if type(a) is not type(b) or type(a) not in (int, float, str):
+        return False
+    if type(a) is str and place >= 0:
+        return bool(a == b or a.replace(str(place), "#") == b.replace(str(other_place), "#"))
+    return bool(a == b or type(a) is int and (a, b) == (place, other_place))
 
 
 class Describer:
@@ -138,7 +245,7 @@ class Describer:
         todo = [value]
         while todo:
             part = todo.pop()
-            if isinstance(part, _PLAIN):
+            if type(part) in _PLAIN:
                 words.append(parts(part)[0])
                 continue
             if id(part) in self._seen:
@@ -155,10 +262,8 @@ class Describer:
         return "\n".join(words)
 
     def _note(self, value: Any) -> None:
-        if isinstance(value, (FunctionType, type)):
-            self.python_modules.add(value.__module__)
-        else:
-            self.python_modules.update(base.__module__ for base in type(value).__mro__)
+        owners = [value] if issubclass(type(value), (FunctionType, type)) else type(value).__mro__
+        self.python_modules.update(str(owner.__module__) for owner in owners)
 
 
 def _file(module: str | None) -> str | None:

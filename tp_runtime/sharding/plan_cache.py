@@ -19,7 +19,7 @@ from .. import env
 from .._version import __version__
 from .describe import Describer, UnknownSettings, sources
 from .shardplan import ShardPlan, plan_from_json, plan_to_json
-from .surrogate import has_hooks, settings
+from .surrogate import has_hooks, settings, tensor_kind
 
 
 def structure_key(model: nn.Module, *more: Any) -> str:
@@ -35,7 +35,7 @@ def structure_key(model: nn.Module, *more: Any) -> str:
             for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
                 if tensor is not None:
                     place = first.setdefault(id(tensor), f"{path}.{name}")
-                    digest.update(f"{name} {place} {tuple(tensor.shape)} {tensor.dtype}".encode())
+                    digest.update(f"{name} {place} {tensor_kind(tensor)}".encode())
             digest.update(describer.describe(type(module)).encode())
             digest.update(describer.describe(settings(module)).encode())
             describer.python_modules.update(base.__module__ for base in type(module).__mro__)

@@ -32,7 +32,7 @@ from .trace.grids import SHARED, unique_pairs
 from .trace.labels import Misfit
 from .trace.mode import Decisions, Trace
 from .trace.partial import Partial
-from .trace.sources import COPIED, NORMAL, REPLICATED, Source
+from .trace.sources import BUFFER_LIMIT, COPIED, NORMAL, REPLICATED, Source
 
 MAX_TRACES = 60
 FEW = 4  # times as many weights decide where a few others beside them are cut
@@ -61,6 +61,10 @@ class Search:
     branches: set[str] = field(default_factory=set)
     shown: set[str] = field(default_factory=set)
 
+    def __post_init__(self) -> None:
+        for name in self.surrogate.overlapping:
+            self.decisions.whole.setdefault(name, "it shares memory with another tensor of the model")
+
     def trace(self) -> Trace:
         """A trace of the examples under the present decisions."""
         self.traces += 1
@@ -83,8 +87,10 @@ class Search:
     def judge(self, trace: Trace) -> Analysis:
         """Decide about every family that cannot be divided; the analysis holds if there is none."""
         self.whole_before = set(self.decisions.whole)
+        buffers = dict(self.surrogate.model.named_buffers())
         for name in trace.labels.too_large:
-            self.decisions.whole.setdefault(name, "an operation on it other than a product")
+            why = f"a buffer beyond {BUFFER_LIMIT} values" if name in buffers else "it is very large"
+            self.decisions.whole.setdefault(name, f"{why}, with an operation on it other than a product")
         graph = Graph(trace.labels)
         families = find_families(graph, trace.order)
         stuck = trace.partials.resolve()[2]

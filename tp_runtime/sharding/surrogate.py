@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from .describe import same
+from .describe import OF_EVERY_MODULE, same
 from .multihead import replace_forward, replaceable, without_nested_tensors
 from .plan import Ranges
 
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from .inputs import Example
 
 LARGE_WEIGHT = 1 << 22
-_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
 @runtime_checkable
@@ -51,12 +50,14 @@ def named_shapes(model: nn.Module) -> list[tuple[str, tuple[int, ...]]]:
 @dataclass
 class Surrogate:
     """model: the copy. places: path of each shortened list -> place in the original -> place in the copy.
-    hooked: modules of the copy at which a user's hooks see what goes in and comes out.
+    hooked: modules of the copy at which a user's hooks see what goes in and comes out. overlapping: buffers
+    that share memory, in the original, with other tensors of the model.
     """
 
     model: nn.Module
     places: dict[str, dict[str, str]]
     hooked: set[str] = field(default_factory=set)
+    overlapping: set[str] = field(default_factory=set)
 
     def stand_in(self, name: str) -> str:
         """The name, in the copy, of what stands for a module or parameter of the original."""
@@ -137,7 +138,31 @@ def make_surrogate(model: nn.Module, *, shorten: bool = False) -> Surrogate:
     without_nested_tensors(made)
     surrogate = Surrogate(made, places)
     surrogate.hooked = {surrogate.stand_in(path) for path, m in model.named_modules() if has_hooks(m)}
+    surrogate.overlapping = {surrogate.stand_in(name) for name in _overlapping(model)}
     return surrogate
+
+
+def _overlapping(model: nn.Module) -> set[str]:
+    """Buffers of which an element is also another's, or several of its own: what is written into one shows in
+    the other, which parts of them, or a copy, would not do.
+    """
+    found: set[str] = set()
+    by_storage: dict[int, list[tuple[str, Tensor]]] = {}
+    for name, tensor in [*model.named_buffers(), *model.named_parameters()]:
+        by_storage.setdefault(tensor.untyped_storage()._cdata, []).append((name, tensor))
+    for held in by_storage.values():
+        spans = [(t.storage_offset(), t.storage_offset() + _extent(t), name) for name, t in held]
+        for start, stop, name in spans:
+            if any(start < other_stop and other < stop for other, other_stop, n in spans if n != name):
+                found.add(name)
+        found.update(name for name, t in held if t.numel() > 1 and 0 in t.stride())
+    return found & {name for name, _ in model.named_buffers()}
+
+
+def _extent(tensor: Tensor) -> int:
+    """From a tensor's first element in memory to behind its last, in elements."""
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    return sum((size - 1) * stride for size, stride in steps) + 1 if tensor.numel() else 0
 
 
 def _stand_in_tensor(tensor: Tensor, clone: bool = False) -> Tensor:
@@ -169,7 +194,7 @@ def proof_dtype(dtype: torch.dtype) -> torch.dtype:
 def _address_space(shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """A tensor of zeros whose pages do not exist until they are written."""
     size = shape.numel() * dtype.itemsize
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
     return torch.frombuffer(mmap.mmap(-1, size, flags=flags), dtype=dtype).view(shape)
 
 
@@ -189,13 +214,21 @@ def alike(one: nn.Module, place: int, other: nn.Module, other_place: int) -> boo
 
 def settings(module: nn.Module) -> dict[str, Any]:
     """The attributes of a module that are neither its tensors, its children nor its hooks."""
-    return {name: value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE}
+    return {name: value for name, value in vars(module).items() if name not in OF_EVERY_MODULE}
 
 
 def _tensors(module: nn.Module) -> dict[str, Any]:
     """Shapes and types of a module's own tensors."""
-    own = [*module._parameters.items(), *module._buffers.items()]
-    return {name: None if tensor is None else (tuple(tensor.shape), tensor.dtype) for name, tensor in own}
+    return {name: tensor_kind(t) for name, t in [*module._parameters.items(), *module._buffers.items()]}
+
+
+def tensor_kind(tensor: Tensor | None) -> tuple[object, ...]:
+    """What of a tensor of a module decides about plans: also the value of a buffer that is one number."""
+    if tensor is None:
+        return ()
+    lone = tensor.numel() == 1 and tensor.is_floating_point() and not tensor.is_meta
+    value = float(tensor) if lone and not isinstance(tensor, nn.Parameter) else None
+    return tuple(tensor.shape), tensor.dtype, value
 
 
 def has_hooks(module: nn.Module) -> bool:

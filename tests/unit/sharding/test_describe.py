@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
+import logging
+import os
 import subprocess
 import sys
+import threading
+import weakref
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from decimal import Decimal
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -50,6 +58,66 @@ def compiled(heads: int) -> Any:
     return scope["Heads"]()
 
 
+class Listed(list[int]):
+    pass
+
+
+def more(heads: int) -> Listed:
+    found = Listed([1])
+    found.heads = heads  # type: ignore[attr-defined]
+    return found
+
+
+def class_of(heads: int) -> Any:
+    class Heads:
+        def count(self) -> int:
+            return heads
+
+    return Heads()
+
+
+class Awkward:
+    """Everything that may be asked of it raises."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise KeyError(name)
+
+    def __str__(self) -> str:
+        raise ZeroDivisionError
+
+    __repr__ = __str__
+
+    @property
+    def __class__(self) -> type:
+        return dict
+
+
+def complains(x: Tensor) -> Tensor:
+    raise ValueError("nothing at 0x12")
+
+
+NOTHING: dict[str, Callable[[], Any]] = {
+    "a logger": lambda: logging.getLogger(str(id(object()))),
+    "a lock": threading.Lock,
+    "a weak reference": lambda: weakref.ref(Listed()),
+    "what raises": Awkward,
+    "a key that raises": lambda: {Awkward(): 1},
+    "text like an address": lambda: complains,
+}
+
+
+@pytest.mark.parametrize("kind", NOTHING)
+def test_what_is_no_setting_does_not_count(kind: str) -> None:
+    one, other = holder(NOTHING[kind]()), holder(NOTHING[kind]())
+    assert structure_key(one) and structure_key(one) == structure_key(other)
+    assert alike(one, 0, other, 1)
+
+
+def test_what_cannot_be_told_is_not_kept() -> None:
+    assert structure_key(holder(iter([1]))) == ""
+    assert not alike(holder(iter([1])), 0, holder(iter([1])), 1)
+
+
 SETTINGS: dict[str, Callable[[int], Any]] = {
     "a number": lambda heads: heads,
     "a dataclass": Config,
@@ -63,6 +131,16 @@ SETTINGS: dict[str, Callable[[int], Any]] = {
     "a set": lambda heads: {heads, 100},
     "an array": lambda heads: torch.full((3,), heads).numpy(),
     "code of no file": compiled,
+    "a number of numpy": np.float32,
+    "a number of Decimal": Decimal,
+    "a small tensor": lambda heads: torch.tensor(1 / heads),
+    "a number of C": ctypes.c_int,
+    "a queue": lambda heads: deque([heads]),
+    "a list with more": lambda heads: more(heads),
+    "a key of another type": lambda heads: {heads if heads == 4 else str(4): 1},
+    "a class that closes over it": lambda heads: class_of(heads),
+    "a class attribute": lambda heads: type("Heads", (Config,), {"more": heads})(1),
+    "a buffer": lambda heads: nn.BatchNorm1d(2) if heads == 4 else nn.BatchNorm1d(2).half(),
 }
 
 
@@ -81,6 +159,7 @@ def test_a_setting_tells_models_and_layers_apart(kind: str) -> None:
 
 def test_layers_may_hold_their_own_places_anywhere() -> None:
     assert same({"at": [3, Config(3)]}, {"at": [5, Config(5)]}, 3, 5)
+    assert same(["layer 3"], ["layer 5"], 3, 5) and not same(["layer 3"], ["layer 4"], 3, 5)
     assert not same({"at": [3, Config(3)]}, {"at": [5, Config(4)]}, 3, 5)
 
 
@@ -99,10 +178,16 @@ def test_a_key_is_the_same_in_every_process() -> None:
     code = (
         "import torch; from torch import nn; from functools import partial\n"
         "from tp_runtime.sharding.plan_cache import structure_key\n"
-        "m = nn.Linear(2, 2); m.act = partial(torch.add, alpha=2); m.names = {'a', 'b', 'c'}; m.f = lambda x: x\n"
+        "m = nn.Linear(2, 2); m.act = partial(torch.add, alpha=2); m.names = {'a', 'b', 'c'}\n"
+        "m.f = lambda x: x in {'aa', 'bb', 'cc'}; m.g = {torch.add: {torch.mul, torch.sin}}\n"
         "print(structure_key(m))"
     )
-    keys = {subprocess.check_output([sys.executable, "-c", code], text=True, timeout=120) for _ in range(2)}
+    keys = {
+        subprocess.check_output(
+            [sys.executable, "-c", code], text=True, timeout=120, env={**os.environ, "PYTHONHASHSEED": seed}
+        )
+        for seed in "12"
+    }
     assert len(keys) == 1 and keys != {"\n"}
 
 

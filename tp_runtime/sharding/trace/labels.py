@@ -82,6 +82,7 @@ class Labels:
         self.failures: list[tuple[np.ndarray, str, str]] = []  # ids, reason, module
         self.pins: list[np.ndarray] = []  # soft ids that were needed whole
         self.too_large: set[str] = set()
+        self.whole: dict[int, str] = {}  # buffers, by storage, that were decided to stay so
 
     # sources and storages
 
@@ -127,6 +128,9 @@ class Labels:
         if tensor.numel() == 0:
             return
         key = storage_key(tensor)
+        if key in self.whole:
+            self.fail(labels, f"{self.whole[key]}, into which it is written, stays whole", "")
+            return
         if key in self.by_storage:
             whole = self.overwrite(tensor, labels)
             if whole is not None:  # from now on it has labels as an activation has

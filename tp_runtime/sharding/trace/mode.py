@@ -25,7 +25,7 @@ from .labels import Labels
 from .operators import BY_INDEX, JOINING, LINEAR, NEW, SHAPE_ONLY
 from .partial import Partials
 from .rules import apply_rule, tensors_in
-from .sources import DENSE_LIMIT, Source, StorageSet, TooLargeError
+from .sources import DENSE_LIMIT, Source, StorageSet, TooLargeError, storage_key
 
 _OURS = {"torch", __name__.split(".")[0]}
 
@@ -99,9 +99,11 @@ class Trace(TorchDispatchMode):
         self.gathered: dict[str, np.ndarray] = {}
         self.generator = torch.Generator().manual_seed(0)
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            if name in decisions.whole or tensor.numel() == 0:
-                continue
             kind = "weight" if isinstance(tensor, nn.Parameter) else "buffer"
+            if name in decisions.whole or tensor.numel() == 0:
+                if kind == "buffer":
+                    self.labels.whole[storage_key(tensor)] = name
+                continue
             source = self.labels.add_source(name, tensor, kind)
             source.decided = decisions.marks.get(name)
         self.first_activation_id = self.labels.next_id
