@@ -44,6 +44,7 @@ class Search:
     norms: whether the module at a path was recognised as one. settled: whether the last analysis left nothing
     to decide. too_few: units of families (by their first source) that have several, but fewer than ranks.
     whole_before: weights that the last trace took as whole. branches: where the code decided by values.
+    shown: modules whose hooks would have seen something cut.
     """
 
     surrogate: Surrogate
