@@ -152,7 +152,7 @@ class Watch(threading.Thread):
             for key, _ in self._selector.select(timeout=0.05 if self._signs or waiting else _POLL_S):
                 if isinstance(key.data, _Rank):
                     self._selector.unregister(key.fileobj)
-                    self._on_end(key.data)
+                    self._look_for_end(key.data)
                 elif isinstance(key.data, output.Stream):
                     if not self._output.read(key.data):
                         self._selector.unregister(key.fileobj)
@@ -192,6 +192,7 @@ class Watch(threading.Thread):
 
     def _poll_states(self) -> None:
         for rank in self._ranks.values():
+            self._look_for_end(rank)  # where there are no pidfds
             if rank.ended:
                 continue
             if self._tell_memory is not None:
@@ -200,8 +201,6 @@ class Watch(threading.Thread):
                 if found is not None:
                     self._tell_memory(rank.local_rank, found)
             state = process.state(rank.pid)
-            if state in ("Z", "X", None) and rank.pidfd is None:
-                self._on_end(rank)
             rank.stopped_polls = rank.stopped_polls + 1 if state == "T" else 0
             if rank.stopped_polls == _STOPPED_POLLS and not self._quiet.is_set():
                 seconds = _STOPPED_POLLS * _POLL_S
@@ -209,12 +208,18 @@ class Watch(threading.Thread):
                 self._sign(rank.rank, 128 + signal.SIGSTOP, reason).killed = True
                 process.kill_group(rank.pid, signal.SIGKILL)
 
-    def _on_end(self, rank: _Rank) -> None:
+    def _look_for_end(self, rank: _Rank) -> None:
+        """Note how a rank ended, if it has."""
+        if rank.ended:
+            return
         try:
             status = os.waitid(os.P_PID, rank.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         except ChildProcessError:
-            status = None  # collected already, by the agent that ends the ranks
-        if status is None or self._quiet.is_set():
+            rank.ended = True  # collected already, by the agent that ends the ranks
+            return
+        if status is None:
+            return
+        if self._quiet.is_set():
             pass
         elif status.si_code != os.CLD_EXITED:
             name = signal.Signals(status.si_status).name + self._hint(status.si_status)

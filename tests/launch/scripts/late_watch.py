@@ -9,15 +9,15 @@ import time
 
 from tp_runtime.launch.watch import Watch
 
-on_end = Watch._on_end
+look_for_end = Watch._look_for_end
 
 
 def late(*arguments):
     time.sleep(0.5)
-    on_end(*arguments)
+    look_for_end(*arguments)
 
 
-Watch._on_end = late
+Watch._look_for_end = late
 module = sys.argv[3]
 sys.argv = sys.argv[3:]
 runpy.run_module(module, run_name="__main__", alter_sys=True)
