@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .. import env
 from .._version import __version__
@@ -40,7 +40,7 @@ def structure_key(model: nn.Module, *more: Any) -> str:
             digest.update(describer.describe(settings(module)).encode())
             describer.python_modules.update(base.__module__ for base in type(module).__mro__)
         for value in more:
-            digest.update(describer.describe(value).encode())
+            digest.update(describer.describe(_shapes(value)).encode())
     except UnknownSettings:
         return ""
     files, versions = sources(describer.python_modules)
@@ -49,6 +49,15 @@ def structure_key(model: nn.Module, *more: Any) -> str:
             digest.update(Path(file).read_bytes())
     digest.update(f"{__version__} {torch.__version__} {sys.version} {sorted(versions)}".encode())
     return digest.hexdigest()
+
+
+def _shapes(value: Any) -> Any:
+    """An example with shapes and types in place of its tensors: all of one form have one plan."""
+    if isinstance(value, Tensor):
+        return tuple(value.shape), value.dtype
+    if isinstance(value, dict):
+        return {key: _shapes(item) for key, item in value.items()}
+    return [_shapes(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _file(key: str) -> Path | None:

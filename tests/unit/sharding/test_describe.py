@@ -163,6 +163,14 @@ def test_layers_may_hold_their_own_places_anywhere() -> None:
     assert not same({"at": [3, Config(3)]}, {"at": [5, Config(4)]}, 3, 5)
 
 
+def test_examples_count_by_their_form() -> None:
+    keys = [
+        structure_key(nn.Linear(4, 4), 2, {"x": [torch.randn(2, rows), flag]})
+        for rows, flag in ((4, True), (4, True), (5, True), (4, False))
+    ]
+    assert keys[0] == keys[1] and len(set(keys)) == 3
+
+
 def test_objects_that_hold_each_other_end() -> None:
     one, other = holder(Config(1)), holder(Config(1))
     for module in (one, other):
